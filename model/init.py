@@ -1,0 +1,80 @@
+"""Initial weights as a function of (name, shape, seed): any process can make any range of any parameter, equal bits.
+
+The values do not depend on the order in which a model is built, on the world size or on how a parameter is cut, so a
+run that starts sharded over 512 ranks starts from the same weights as one on a laptop.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from model.config import ModelConfig
+
+BLOCK = 2**20  # elements drawn from one generator: a range costs at most two blocks more than it needs
+
+
+def initial_values(
+    name: str, shape: Sequence[int], cfg: ModelConfig, seed: int, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """Elements [start, stop) of the flattened parameter `name`, fp32, 1-D, on the CPU; `stop` None means to its end.
+
+    Norm weights are 1, biases 0, matrices N(0, init_std). With scale_residual_init the matrices that write into the
+    residual stream (wo, w_down) are divided by sqrt(2 * n_layers), the number of such writes, so that the variance of
+    the stream does not grow with depth (GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask
+    Learners", section 2.3). Raises ValueError for a range outside the parameter or a name the model does not have.
+    """
+    numel = math.prod(shape)
+    stop = numel if stop is None else stop
+    if not 0 <= start <= stop <= numel:
+        raise ValueError(
+            f"range [{start}, {stop}) of {name} is not within [0, {numel}), the elements of shape {list(shape)}; "
+            "start and stop count elements of the flattened parameter"
+        )
+    module, _, kind = name.rpartition(".")
+    layer = module.rpartition(".")[2]
+    if kind == "bias":
+        return _constant(0.0, stop - start)
+    if kind == "weight" and (layer == "norm" or layer.endswith("_norm")):
+        return _constant(1.0, stop - start)
+    if kind == "weight" and layer in ("wo", "w_down"):
+        return _normal(name, numel, seed, start, stop, residual_init_std(cfg))
+    if kind == "weight" and layer in ("embed", "pos_embed", "head", "wq", "wk", "wv", "w_gate", "w_up"):
+        return _normal(name, numel, seed, start, stop, cfg.init_std)
+    raise ValueError(
+        f"no initial values are defined for the parameter {name!r}; "
+        "expected a name from Transformer.named_parameters(), such as 'blocks.0.attn.wq.weight'"
+    )
+
+
+def residual_init_std(cfg: ModelConfig) -> float:
+    """Standard deviation of wo and w_down at the start."""
+    return cfg.init_std / math.sqrt(2 * cfg.n_layers) if cfg.scale_residual_init else cfg.init_std
+
+
+def _constant(value: float, numel: int) -> Tensor:
+    return torch.full((numel,), value, dtype=torch.float32, device="cpu")
+
+
+def _normal(name: str, numel: int, seed: int, start: int, stop: int, std: float) -> Tensor:
+    values = np.empty(stop - start, dtype=np.float32)
+    for block in range(start // BLOCK, -(-stop // BLOCK)):
+        first = block * BLOCK
+        drawn = _block(name, min(BLOCK, numel - first), seed, block)
+        low, high = max(start, first), min(stop, first + len(drawn))
+        values[low - start : high - start] = drawn[low - first : high - first]
+    values *= std
+    return torch.from_numpy(values)
+
+
+def _block(name: str, size: int, seed: int, block: int) -> np.ndarray:
+    """Standard normal values of one block, from a generator of its own.
+
+    NumPy's and not torch's: torch's CPU generator keeps 32 bits of its seed, and among the 70,000 blocks of a 70B model
+    two would be expected to share theirs and hold equal numbers.
+    """
+    key = xxhash.xxh3_128_intdigest(f"{seed}/{block}/{name}".encode())
+    return np.random.Generator(np.random.SFC64(key)).standard_normal(size, dtype=np.float32)

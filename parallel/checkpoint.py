@@ -1,0 +1,337 @@
+"""Sharded checkpoints: one format for every topology, whole or absent, verified before use, nothing pickled.
+
+    checkpoints/step-00001000/rank-00000.safetensors   what rank 0 owned: fp32 weights and moments, by element range
+    checkpoints/step-00001000/manifest.json            files with size and hash, parameter shapes, cursor, config, versions
+    checkpoints/latest                                 the name of the newest committed folder; a hint, never trusted alone
+
+A tensor in a file is named `KIND:PARAMETER:START`: elements START.. of the flattened parameter, fp32, one-dimensional.
+A folder is written as `step-N.staging`, synced, hashed, listed by the manifest and then renamed: a folder with its final
+name is whole. Whoever reads it asks for element ranges, so the world size and ZeRO stage that wrote it do not matter.
+"""
+
+import bisect
+import json
+import logging
+import os
+import re
+import shutil
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import xxhash
+from safetensors.torch import save_file
+from torch import Tensor
+
+from parallel.engine import KINDS, Engine, Fragment
+from parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or written; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` holds."""
+
+    step: int  # optimizer steps taken, skipped updates included
+    adam_steps: int  # updates that AdamW made
+    world_size: int
+    zero_stage: int
+    shapes: dict[str, list[int]]  # of every parameter, whole
+    files: dict[str, dict[str, Any]]  # name -> {"bytes", "xxh3"}
+    cursor: dict[str, Any]  # where the data stands
+    config: dict[str, Any]  # the resolved config of the run
+    loss_scaler: dict[str, Any] | None = None
+    totals: dict[str, Any] = field(default_factory=dict)  # counters that a resumed run goes on from
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+# -- writing ------------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, engine: Engine, manifest: Manifest, keep: int) -> Path:
+    """Write `manifest.step` under `folder`, all ranks together; returns the committed path on every rank.
+
+    Raises CheckpointError on every rank when any of them could not write; the staging folder is removed then.
+    """
+    mesh = engine.mesh
+    final = folder / f"step-{manifest.step:08d}"
+    staging = folder / f"{final.name}.staging"
+    _together(mesh, "preparing", lambda: _prepare_staging(staging) if mesh.rank == 0 else None)
+    try:
+        entries = _together(mesh, "writing", lambda: _write_shard(staging, mesh.rank, engine.owned_fragments()))
+        manifest = Manifest(**{**asdict(manifest), "files": dict(entry for entry in entries if entry)})
+        _together(mesh, "committing", lambda: _commit(staging, final, manifest) if mesh.rank == 0 else None)
+    except CheckpointError:
+        if mesh.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    if mesh.rank == 0 and keep:
+        _retire(folder, keep)
+    return final
+
+
+def _together(mesh: Mesh, doing: str, work: Any) -> list[Any]:
+    """Run `work` on this rank and gather what every rank got; a failure of one is a CheckpointError on all."""
+    try:
+        outcome = (True, work())
+    except OSError as error:
+        outcome = (False, f"{type(error).__name__}: {error}")
+    outcomes = mesh.gather(outcome)
+    failed = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
+    if failed:
+        raise CheckpointError(f"{doing} the checkpoint failed on {len(failed)} of {mesh.world_size} ranks; {failed[0]}")
+    return [value for _, value in outcomes]
+
+
+def _prepare_staging(staging: Path) -> None:
+    if staging.exists():
+        shutil.rmtree(staging)  # left by a save that was killed
+    staging.mkdir(parents=True)
+
+
+def _write_shard(staging: Path, rank: int, fragments: list[Fragment]) -> tuple[str, dict[str, Any]]:
+    path = staging / f"rank-{rank:05d}.safetensors"
+    tensors = {
+        f"{f.kind}:{f.name}:{f.start}": f.tensor.detach().to("cpu", torch.float32).contiguous() for f in fragments
+    }
+    try:
+        save_file(tensors, path)
+    except safetensors.SafetensorError as error:  # its wrapper for "No space left on device" and the like
+        raise OSError(f"{path}: {error}") from error
+    _sync(path)
+    return path.name, {"bytes": path.stat().st_size, "xxh3": file_hash(path)}
+
+
+def _commit(staging: Path, final: Path, manifest: Manifest) -> None:
+    write_synced(staging / "manifest.json", json.dumps(asdict(manifest), indent=1) + "\n")
+    _sync(staging)
+    replaced = None
+    if final.exists():  # the same step, from before the run went back behind it
+        replaced = _free_name(final.with_name(final.name + ".replaced"))
+        os.rename(final, replaced)
+    os.rename(staging, final)
+    _sync(final.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced)
+    write_synced(final.parent / "latest", final.name + "\n")
+
+
+def _retire(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` committed checkpoints, the manifest first so that half of one is not one."""
+    for step in committed_steps(folder)[:-keep]:
+        old = folder / f"step-{step:08d}"
+        try:
+            (old / "manifest.json").unlink()
+            shutil.rmtree(old)
+        except OSError as error:
+            log.warning("cannot remove the old checkpoint %s: %s", old, error)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Replace `path` by `text` so that a crash at any moment leaves the old content or the new."""
+    staging = path.with_name(path.name + ".tmp")
+    with open(staging, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staging, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 of a file's bytes, hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# -- reading ------------------------------------------------------------------------------------------------------------
+
+
+class CheckpointReader:
+    """Reads element ranges of a committed checkpoint without an engine, a file's pages at a time.
+
+    A `StateSource` for `Engine.load_state`; fine-tuning and export read whole parameters through `tensor`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_manifest(path)
+        self._files = {}
+        self._spans: dict[tuple[str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
+        for name in self.manifest.files:
+            try:
+                opened = safetensors.safe_open(path / name, framework="pt")
+            except (OSError, safetensors.SafetensorError) as error:
+                raise CheckpointError(f"{path / name}: {error}") from error
+            self._files[name] = opened
+            for key in opened.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
+                kind, rest = key.split(":", 1)
+                parameter, start = rest.rsplit(":", 1)
+                length = opened.get_slice(key).get_shape()[0]
+                self._spans[parameter, kind].append((int(start), int(start) + length, name, key))
+        for spans in self._spans.values():
+            spans.sort()
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened parameter, 1-D fp32. Raises CheckpointError where some are missing."""
+        spans = self._spans.get((name, kind), [])
+        out = torch.empty(stop - start, dtype=torch.float32)
+        at = start
+        for first, last, file, key in spans[max(0, bisect.bisect_right(spans, (start, 1 << 62)) - 1) :]:
+            if at >= stop or first > at:
+                break
+            end = min(last, stop)
+            if end > at:
+                out[at - start : end - start] = self._files[file].get_slice(key)[at - first : end - first]
+                at = end
+        if at < stop:
+            raise CheckpointError(
+                f"{self.path} lacks elements {at} to {stop} of the {kind} of {name}; it has "
+                + (", ".join(f"{a} to {b}" for a, b, *_ in spans) or "none")
+            )
+        return out
+
+    def tensor(self, name: str, kind: str = "weight") -> Tensor:
+        """A whole parameter in its shape, fp32."""
+        shape = self.manifest.shapes[name]
+        return self.read(name, kind, 0, torch.Size(shape).numel()).view(shape)
+
+    def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError unless the checkpoint has exactly these parameters."""
+        have = {name: tuple(shape) for name, shape in self.manifest.shapes.items()}
+        if have == shapes:
+            return
+        missing, extra = sorted(shapes.keys() - have.keys()), sorted(have.keys() - shapes.keys())
+        other = sorted(name for name in shapes.keys() & have.keys() if shapes[name] != have[name])
+        detail = [f"lacks {missing[:3]}"] * bool(missing) + [f"has {extra[:3]} besides"] * bool(extra)
+        detail += [f"has {name} as {have[name]}, the model as {shapes[name]}" for name in other[:3]]
+        raise CheckpointError(f"{self.path} is of another model: it {'; '.join(detail)}")
+
+
+def read_manifest(path: Path) -> Manifest:
+    file = path / "manifest.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if raw.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{file}: format version {raw.get('format_version')!r}, this program reads {FORMAT_VERSION}"
+            )
+        manifest = Manifest(**raw)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: {type(error).__name__}: {error}") from error
+    for name in manifest.files:
+        if Path(name).name != name:
+            raise CheckpointError(f"{file} names {name!r}, which is not a file beside it")
+    return manifest
+
+
+def faults(path: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a committed checkpoint, checking every `parts`-th file by size and hash; empty when nothing."""
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return [str(error)]
+    wrong = []
+    for name, entry in list(manifest.files.items())[part::parts]:
+        file = path / name
+        try:
+            size = file.stat().st_size
+            if size != entry["bytes"]:
+                wrong.append(f"{file}: {size} bytes, the manifest says {entry['bytes']}")
+            elif (found := file_hash(file)) != entry["xxh3"]:
+                wrong.append(f"{file}: xxh3 {found}, the manifest says {entry['xxh3']}")
+        except OSError as error:
+            wrong.append(f"{file}: {error.strerror}")
+    return wrong
+
+
+def committed_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints that have their final name and a manifest, ascending."""
+    if not folder.is_dir():
+        return []
+    found = [(_STEP_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir()]
+    return sorted(int(match[1]) for match, entry in found if match and (entry / "manifest.json").is_file())
+
+
+def newest_good(folder: Path, mesh: Mesh) -> CheckpointReader | None:
+    """The newest checkpoint whose every file has its size and hash, verified by all ranks together; None if there is none.
+
+    A damaged one is named, set aside as `step-N.damaged`, and the one before it is tried. Raises CheckpointError when
+    there are checkpoints and none is good: starting again from step 0 is never this program's decision.
+    """
+    steps = mesh.broadcast(committed_steps(folder) if mesh.rank == 0 else None)
+    if mesh.rank == 0:
+        _warn_if_latest_differs(folder, steps)
+    damaged = mesh.broadcast(_damaged(folder) if mesh.rank == 0 else None)
+    for step in reversed(steps):
+        path = folder / f"step-{step:08d}"
+        wrong = [text for texts in mesh.gather(faults(path, mesh.rank, mesh.world_size)) for text in texts]
+        if not wrong:
+            return CheckpointReader(path)
+        damaged.append(path.name)
+        if mesh.rank == 0:
+            log.warning("checkpoint %s is damaged and set aside: %s", path, wrong[0])
+            os.rename(path, _free_name(path.with_name(path.name + ".damaged")))
+        mesh.barrier()
+    if damaged:
+        raise CheckpointError(
+            f"{folder} has checkpoints but none that is whole (damaged: {', '.join(sorted(set(damaged)))}); "
+            "restore one from a copy, or start a new run under another run.name"
+        )
+    return None
+
+
+def _damaged(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.glob("step-*.damaged*")] if folder.is_dir() else []
+
+
+def _free_name(path: Path) -> Path:
+    return next(p for p in [path, *(Path(f"{path}.{i}") for i in range(1, 1000))] if not p.exists())
+
+
+def _warn_if_latest_differs(folder: Path, steps: list[int]) -> None:
+    """`latest` is for people and other tools; what counts is found by looking at the folders."""
+    newest = f"step-{steps[-1]:08d}" if steps else None
+    try:
+        named = (folder / "latest").read_text(encoding="utf-8").strip() if steps else None
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s); going by the folders instead: %s", folder / "latest", error, newest)
+        return
+    if named != newest:
+        log.warning(
+            "%s says %.80r, the newest committed checkpoint is %s; using that", folder / "latest", named, newest
+        )
+
+
+class ZeroMoments:
+    """State of a run that starts: weights from `weights(name, start, stop)`, moments zero."""
+
+    def __init__(self, weights: Any) -> None:
+        self._weights = weights
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        assert kind in KINDS, kind
+        return self._weights(name, start, stop) if kind == "weight" else torch.zeros(stop - start)

@@ -1,0 +1,123 @@
+"""The `parallel`, `optim` and `checkpoint` sections of a recipe. Importing them costs neither torch nor DeepSpeed."""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
+
+# DeepSpeed's top-level keys (0.19.8). DeepSpeed ignores a key that it does not know, so a typo would be silent.
+# OWNED ones are written by Longhaul from its own config; the rest may be passed through `parallel.deepspeed`.
+OWNED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size (accumulation is derived)",
+    "managed_gradient_accumulation": "nothing: the train loop relies on its default",
+    "optimizer": "the optim section",
+    "scheduler": "optim.schedule",
+    "fp16": "parallel.precision",
+    "bf16": "parallel.precision",
+    "data_types": "parallel.grad_accum_dtype",
+    "gradient_clipping": "optim.grad_clip",
+    "activation_checkpointing": "parallel.activation_checkpointing",
+    "checkpoint": "the checkpoint section",
+    "tensorboard": "the log section",
+    "prescale_gradients": "nothing: losses are weighted by tokens before DeepSpeed sees them",
+    "gradient_predivide_factor": "nothing: losses are weighted by tokens before DeepSpeed sees them",
+    "gradient_allreduce_op": "nothing: losses are weighted by tokens before DeepSpeed sees them",
+    "load_universal_checkpoint": "nothing: a checkpoint is read at any world size and ZeRO stage",
+}
+PASS_KEYS = frozenset(
+    {
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "communication_data_type",
+        "seq_parallel_communication_data_type",
+        "comms_logger",
+        "flops_profiler",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "timers",
+        "steps_per_print",
+        "dump_state",
+        "disable_allgather",
+        "disable_python_gc",
+        "aio",
+        "compile",
+        "log_level",
+    }
+)
+# Of the zero_optimization section, what is Longhaul's own or would need wiring that is not there.
+OWNED_ZERO_KEYS = {
+    "stage": "parallel.zero_stage",
+    "offload_optimizer": "nothing yet: offload is not wired",
+    "offload_param": "nothing yet: offload is not wired",
+    "cpu_offload": "nothing yet: offload is not wired",
+    "cpu_offload_param": "nothing yet: offload is not wired",
+    "zenflow": "nothing yet: it needs another optimizer",
+    "elastic_checkpoint": "the checkpoint section",
+    "compute_grad_norm": "nothing: the norm is needed to notice a bad step",
+}
+
+
+class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """How the model, its gradients and its optimizer state are divided, and in which number formats."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1  # 0 replicates; 1 shards optimizer state; 2 gradients too; 3 weights too
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"  # of weights and activations; bf16 and fp16 keep fp32 masters
+    # Gradients of micro-batches are summed in this format. None: fp32 where DeepSpeed can (ZeRO 1 to 3), else `precision`.
+    grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    activation_checkpointing: Literal["none", "full", "every_k", "selective"] = "none"
+    checkpoint_every_k: PositiveInt = 2  # with every_k: recompute each k-th block
+    timeout_s: PositiveInt = 1800  # a collective that takes longer ends the run
+    deepspeed: dict[str, Any] = Field(default_factory=dict)  # further DeepSpeed keys, checked, passed on as they are
+
+    @model_validator(mode="after")
+    def _grad_accum_dtype_is_possible(self) -> Self:
+        wanted = self.grad_accum_dtype
+        if wanted is None or wanted == self.precision:
+            return self
+        if self.zero_stage == 0:
+            raise ValueError(
+                f"grad_accum_dtype={wanted} with precision={self.precision} needs parallel.zero_stage 1, 2 or 3; "
+                f"DeepSpeed's stage 0 sums gradients in {self.precision} only"
+            )
+        if wanted != "fp32":
+            raise ValueError(f"grad_accum_dtype={wanted} with precision={self.precision}; use fp32 or {self.precision}")
+        return self
+
+    @property
+    def resolved_grad_accum_dtype(self) -> str:
+        if self.grad_accum_dtype is not None:
+            return self.grad_accum_dtype
+        return "fp32" if self.zero_stage > 0 else self.precision
+
+
+class OptimConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """AdamW (arXiv:1711.05101) with warm-up and decay."""
+
+    lr: float = Field(3e-4, gt=0, allow_inf_nan=False)  # peak learning rate, reached after warm-up
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, allow_inf_nan=False)  # last learning rate as a share of the peak
+    warmup_steps: NonNegativeInt = 100  # optimizer steps; 0 means no warm-up
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    decay_steps: NonNegativeInt = 0  # wsd only: the last so many steps decay, linearly
+    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)  # on matrices only, decoupled
+    beta1: float = Field(0.9, ge=0, lt=1, allow_inf_nan=False)
+    beta2: float = Field(0.95, ge=0, lt=1, allow_inf_nan=False)
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
+    grad_clip: float = Field(1.0, ge=0, allow_inf_nan=False)  # largest global gradient norm; 0 means no clipping
+
+    @model_validator(mode="after")
+    def _decay_steps_belong_to_wsd(self) -> Self:
+        if (self.schedule == "wsd") != (self.decay_steps > 0):
+            raise ValueError(
+                f"schedule={self.schedule} with decay_steps={self.decay_steps}; "
+                "wsd needs decay_steps of at least 1 and no other schedule takes it"
+            )
+        return self
+
+
+class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """When checkpoints are written and how many stay."""
+
+    every: PositiveInt = 1000  # optimizer steps between saves; one more is written when a run ends or is stopped
+    keep: NonNegativeInt = 3  # newest checkpoints that stay; 0 keeps all

@@ -1,0 +1,282 @@
+"""The checkpoint format: any topology in, whole or absent, verified, never stuck, nothing pickled."""
+
+import json
+import logging
+import os
+import shutil
+
+import pytest
+import torch
+from ranks import build, run_ranks, run_steps, whole_state
+
+from parallel.checkpoint import (
+    CheckpointError,
+    CheckpointReader,
+    Manifest,
+    committed_steps,
+    faults,
+    newest_good,
+    save,
+)
+from parallel.config import ParallelConfig
+from parallel.engine import KINDS, Fragment
+
+TOPOLOGIES = [(stage, ranks) for ranks in (1, 2) for stage in (0, 1, 2, 3)]
+
+
+def manifest_of(engine, step, **more):
+    shapes = {name: list(shape) for name, shape in engine.shapes.items()}
+    return Manifest(step, engine.adam_steps, engine.mesh.world_size, engine.zero_stage, shapes, {}, {}, {}, **more)
+
+
+def write_each_stage(mesh, folder, stages):
+    """A checkpoint after 2 steps for each stage, and how the run went on."""
+    results = {}
+    for stage in stages:
+        engine = build(mesh, ParallelConfig(zero_stage=stage, precision="fp32"))
+        run_steps(engine, range(2))
+        save(folder / f"z{stage}w{mesh.world_size}", engine, manifest_of(engine, 2), keep=0)
+        results[stage] = whole_state(engine), run_steps(engine, range(2, 4))
+        engine.close()
+    return results
+
+
+def read_each(mesh, folder, stages, sources):
+    """Each source's checkpoint read at each stage: the state after the load, and how the run goes on."""
+    results = {}
+    for stage in stages:
+        for source_stage, source_ranks in sources:
+            engine = build(mesh, ParallelConfig(zero_stage=stage, precision="fp32"))
+            reader = newest_good(folder / f"z{source_stage}w{source_ranks}", mesh)
+            reader.check_shapes(engine.shapes)
+            engine.load_state(reader, reader.manifest.adam_steps)
+            results[stage, source_stage, source_ranks] = (
+                whole_state(engine),
+                engine.adam_steps,
+                run_steps(engine, range(2, 4)),
+            )
+            engine.close()
+    return results
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    """Every topology written, every one read at every other."""
+    folder = tmp_path_factory.mktemp("topologies")
+    written, read = {}, {}
+    for ranks in (1, 2):
+        for stage, result in run_ranks(ranks, write_each_stage, folder, (0, 1, 2, 3))[0].items():
+            written[stage, ranks] = result
+    for ranks in (1, 2):
+        read[ranks] = run_ranks(ranks, read_each, folder, (0, 1, 2, 3), TOPOLOGIES)[0]
+    return written, read
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TOPOLOGIES, ids=lambda t: f"to-z{t[0]}w{t[1]}")
+@pytest.mark.parametrize("source", TOPOLOGIES, ids=lambda t: f"from-z{t[0]}w{t[1]}")
+def test_any_topology_reads_any(matrix, source, target):
+    written, read = matrix
+    state, continued = written[source]
+    loaded, adam_steps, losses = read[target[1]][target[0], *source]
+    assert adam_steps == 2
+    assert loaded.keys() == state.keys()
+    for key in state:
+        assert torch.equal(loaded[key], state[key]), key
+    if source == target:
+        assert losses == continued  # to the last bit
+    else:  # 1e-5: ranks and stages add up gradients in another order
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(continued), rtol=1e-5, atol=1e-5)
+
+
+def two_checkpoints(mesh, folder):
+    """Steps 1 and 2 of one run."""
+    engine = build(mesh, ParallelConfig(zero_stage=1))
+    for step in (1, 2):
+        run_steps(engine, range(step - 1, step))
+        save(folder, engine, manifest_of(engine, step), keep=0)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    run_ranks(2, two_checkpoints, folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoints(original, tmp_path):
+    shutil.copytree(original, tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+class Alone:
+    """What newest_good needs of a mesh, in one process."""
+
+    rank, world_size = 0, 1
+
+    def gather(self, value):
+        return [value]
+
+    def broadcast(self, value):
+        return value
+
+    def barrier(self):
+        pass
+
+
+def test_a_good_checkpoint_has_no_faults(checkpoints):
+    assert committed_steps(checkpoints) == [1, 2]
+    assert faults(checkpoints / "step-00000002") == []
+    assert newest_good(checkpoints, Alone()).manifest.step == 2
+    assert not list(checkpoints.glob("*.staging"))
+    assert (checkpoints / "latest").read_text() == "step-00000002\n"
+
+
+def test_every_element_is_in_exactly_one_file(checkpoints):
+    reader = CheckpointReader(checkpoints / "step-00000002")
+    covered = 0
+    for name, shape in reader.manifest.shapes.items():
+        for kind in KINDS:
+            spans = reader._spans[name, kind]
+            assert spans[0][0] == 0
+            assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+            covered += spans[-1][1]
+            assert spans[-1][1] == torch.Size(shape).numel()
+    sizes = sum((reader.path / name).stat().st_size for name in reader.manifest.files)
+    assert covered * 4 <= sizes <= covered * 4 + 100_000
+
+
+@pytest.mark.parametrize("where", [0, 7, 100, 0.5, -1])
+def test_a_truncated_shard_is_found(checkpoints, where):
+    file = checkpoints / "step-00000002/rank-00001.safetensors"
+    size = file.stat().st_size
+    os.truncate(file, int(where * size) if isinstance(where, float) else where % size if where < 0 else where)
+    assert "bytes, the manifest says" in faults(file.parent)[0]
+    assert newest_good(checkpoints, Alone()).manifest.step == 1
+
+
+@pytest.mark.parametrize("where", [3, 0.3, 0.6, 0.99])
+def test_a_flipped_bit_is_found(checkpoints, where, caplog):
+    file = checkpoints / "step-00000002/rank-00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[int(where * len(data)) if isinstance(where, float) else where] ^= 4
+    file.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert newest_good(checkpoints, Alone()).manifest.step == 1
+    assert "step-00000002 is damaged and set aside" in caplog.text
+    assert "rank-00000.safetensors: xxh3" in caplog.text
+    assert (checkpoints / "step-00000002.damaged").is_dir()
+    assert committed_steps(checkpoints) == [1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: (p / "rank-00001.safetensors").unlink(), "No such file"),
+        (lambda p: (p / "manifest.json").write_text("{"), "JSONDecodeError"),
+        (lambda p: (p / "manifest.json").write_text('{"format_version": 9}'), "format version 9, this program reads 1"),
+        (lambda p: (p / "manifest.json").write_text('{"format_version": 1}'), "TypeError"),
+    ],
+)
+def test_other_damage_is_found_and_the_one_before_is_used(checkpoints, damage, message, caplog):
+    damage(checkpoints / "step-00000002")
+    assert message in faults(checkpoints / "step-00000002")[0]
+    assert newest_good(checkpoints, Alone()).manifest.step == 1
+
+
+def test_a_manifest_that_points_outside_is_refused(checkpoints):
+    path = checkpoints / "step-00000002/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["../step-00000001/rank-00000.safetensors"] = {"bytes": 1, "xxh3": "0"}
+    path.write_text(json.dumps(manifest))
+    assert "which is not a file beside it" in faults(path.parent)[0]
+
+
+def test_no_good_checkpoint_stops_and_goes_on_stopping(checkpoints):
+    for step in (1, 2):
+        (checkpoints / f"step-0000000{step}/rank-00000.safetensors").unlink()
+    for _ in range(2):  # the second time all are set aside: still no fresh start
+        with pytest.raises(
+            CheckpointError, match="has checkpoints but none that is whole .*start a new run under another"
+        ):
+            newest_good(checkpoints, Alone())
+
+
+def test_no_checkpoint_at_all_is_a_fresh_run(tmp_path):
+    assert newest_good(tmp_path / "none", Alone()) is None
+
+
+@pytest.mark.parametrize("content", ["", "garbage\n", "step-00000009\n", "../../etc\n", "step-00000001\n"])
+def test_latest_is_only_a_hint(checkpoints, content, caplog):
+    (checkpoints / "latest").write_text(content)
+    with caplog.at_level(logging.WARNING):
+        assert newest_good(checkpoints, Alone()).manifest.step == 2
+    assert "the newest committed checkpoint is step-00000002" in caplog.text
+
+
+def test_a_half_deleted_or_staged_folder_is_no_checkpoint(checkpoints):
+    (checkpoints / "step-00000002/manifest.json").unlink()
+    (checkpoints / "step-00000003.staging").mkdir()
+    (checkpoints / "step-00000004").mkdir()
+    assert committed_steps(checkpoints) == [1]
+    assert newest_good(checkpoints, Alone()).manifest.step == 1
+
+
+def test_a_checkpoint_of_another_model_is_named(checkpoints):
+    reader = CheckpointReader(checkpoints / "step-00000002")
+    shapes = {name: tuple(shape) for name, shape in reader.manifest.shapes.items()}
+    first = next(iter(shapes))
+    with pytest.raises(
+        CheckpointError, match=rf"is of another model: it lacks \['new'\]; has {first} as .* the model as \(3,\)"
+    ):
+        reader.check_shapes({**shapes, "new": (1,), first: (3,)})
+
+
+def test_a_missing_range_is_named(checkpoints):
+    reader = CheckpointReader(checkpoints / "step-00000002")
+    with pytest.raises(CheckpointError, match="lacks elements 0 to 5 of the weight of nothing; it has none"):
+        reader.read("nothing", "weight", 0, 5)
+
+
+class LoneEngine:
+    """What save needs of an engine."""
+
+    mesh = Alone()
+    shapes = {"w": (4,)}
+    zero_stage, adam_steps = 1, 1
+
+    def owned_fragments(self):
+        return [Fragment("w", kind, 0, torch.arange(4.0)) for kind in KINDS]
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in range(1, 6):
+        save(tmp_path, LoneEngine(), manifest_of(LoneEngine(), step), keep=2)
+    assert committed_steps(tmp_path) == [4, 5]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000004", "step-00000005"]
+
+
+def test_a_staging_folder_of_a_killed_save_is_replaced(tmp_path):
+    (tmp_path / "step-00000001.staging").mkdir()
+    (tmp_path / "step-00000001.staging/rank-00009.safetensors").write_text("half")
+    save(tmp_path, LoneEngine(), manifest_of(LoneEngine(), 1), keep=2)
+    assert sorted(p.name for p in (tmp_path / "step-00000001").iterdir()) == ["manifest.json", "rank-00000.safetensors"]
+
+
+def test_a_write_that_fails_leaves_nothing_and_says_which_rank(tmp_path, monkeypatch):
+    save(tmp_path, LoneEngine(), manifest_of(LoneEngine(), 1), keep=2)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("parallel.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match="writing the checkpoint failed on 1 of 1 ranks; rank 0: .*No space left"):
+        save(tmp_path, LoneEngine(), manifest_of(LoneEngine(), 2), keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
+def test_nothing_in_a_checkpoint_is_pickled(checkpoints):
+    for path in checkpoints.rglob("*"):
+        if path.is_file():
+            assert path.suffix in (".safetensors", ".json") or path.name == "latest", path

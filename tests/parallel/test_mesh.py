@@ -1,0 +1,76 @@
+"""The rank from any launcher's variables."""
+
+import pytest
+
+from parallel.mesh import LaunchError, check_device, first_host, place_from_environment
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500",
+            "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
+SRUN = {"SLURM_JOB_ID": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[003-004]"}  # fmt: skip
+
+
+def test_nothing_set_is_one_process():
+    place = place_from_environment({})
+    assert (place.rank, place.world_size, place.local_rank, place.rendezvous) == (0, 1, 0, "")
+
+
+def test_deepspeed_and_torchrun_variables():
+    place = place_from_environment(TORCHRUN)
+    assert (place.rank, place.world_size, place.local_rank, place.local_size) == (3, 8, 1, 2)
+    assert place.rendezvous == "tcp://n1:29500"
+    assert place_from_environment({**TORCHRUN, "TORCHELASTIC_RUN_ID": "x"}).rendezvous == "env://"
+
+
+def test_slurm_step_variables():
+    place = place_from_environment(SRUN)
+    assert (place.rank, place.world_size, place.local_rank, place.local_size) == (3, 4, 1, 2)
+    assert place.rendezvous == "tcp://gpu003:20035"
+    assert place_from_environment({**SRUN, "MASTER_ADDR": "a", "MASTER_PORT": "7"}).rendezvous == "tcp://a:7"
+
+
+def test_a_batch_script_without_srun_is_one_process():
+    env = {key: value for key, value in SRUN.items() if not key.startswith("SLURM_STEP")}
+    assert place_from_environment(env).world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"RANK": "0"}, "has RANK or WORLD_SIZE but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({**TORCHRUN, "RANK": "x"}, "RANK='x' in the environment; expected a whole number"),
+        ({**TORCHRUN, "RANK": "8"}, r"rank 8 of a world of 8 \(RANK and WORLD_SIZE\): the rank must be below"),
+        ({**SRUN, "SLURM_STEP_NODELIST": "[1-2]"}, r"the node list '\[1-2\]' of SLURM cannot be read; set MASTER_ADDR"),
+    ],
+)
+def test_a_bad_environment_is_named(env, message):
+    with pytest.raises(LaunchError, match=message):
+        place_from_environment(env)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("n1", "n1"), ("n[1-3,7]", "n1"), ("gpu[009-012]x,big1", "gpu009x"), ("a-b,c", "a-b"), ("n[7]", "n7")],
+)
+def test_first_host(nodes, host):
+    assert first_host(nodes) == host
+
+
+def test_a_precision_that_the_device_lacks_is_refused(monkeypatch):
+    from parallel import mesh
+
+    class OldDevice:
+        def is_bf16_supported(self):
+            return False
+
+        def is_fp16_supported(self):
+            return True
+
+        def device_name(self):
+            return "old"
+
+    monkeypatch.setattr(mesh, "get_accelerator", OldDevice)
+    with pytest.raises(
+        LaunchError, match=r"parallel.precision=bf16: the device old cannot compute in it; use fp32, fp16"
+    ):
+        check_device("bf16")

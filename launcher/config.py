@@ -1,0 +1,275 @@
+"""A run's config: typed sections composed from their owners, read from YAML, changed by `section.key=value`.
+
+Defaults, then the recipe, then the command line. Everything that is wrong is reported at once, before a model or a
+process group exists.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Self, get_args
+
+import yaml
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from data.config import DataConfig
+from model.config import ModelConfig
+from parallel.config import CheckpointConfig, OptimConfig, ParallelConfig
+
+
+class ConfigError(ValueError):
+    """The config cannot be used; the message has one line for each thing that is wrong."""
+
+
+class RunSection(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Which run this is."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # the run's folder is folder/name
+    folder: str = "runs"
+    seed: NonNegativeInt = 0  # of initial weights and dropout; the order of data has data.seed
+
+
+class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """How long, and how much at a time. The batch is said once; accumulation is derived."""
+
+    steps: PositiveInt  # optimizer steps of the whole run
+    global_batch_size: PositiveInt | None = None  # sequences a step, over all ranks; or:
+    tokens_per_step: PositiveInt | None = None  # tokens a step, over all ranks
+    micro_batch_size: PositiveInt = 1  # sequences, one rank, one forward
+    max_skipped_in_a_row: PositiveInt = 20  # updates left out for non-finite gradients before the run stops
+
+    @model_validator(mode="after")
+    def _batch_is_said_once(self) -> Self:
+        if (self.global_batch_size is None) == (self.tokens_per_step is None):
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} and tokens_per_step={self.tokens_per_step}; "
+                "give exactly one of the two"
+            )
+        return self
+
+
+class LogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """What is written down while the run goes."""
+
+    every: PositiveInt = 10  # optimizer steps between lines in the log, metrics.jsonl and TensorBoard
+
+
+class EvalConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Loss on held-out documents, and samples, inside the run."""
+
+    every: NonNegativeInt = 500  # optimizer steps between evaluations; 0 means only at the end
+    windows: PositiveInt = 256  # at most so many held-out sequences, always the same ones
+    prompts: list[str] = []  # continued at each evaluation and written to TensorBoard
+    sample_tokens: PositiveInt = 64  # length of a continuation
+
+
+class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """The whole of it. A section is declared beside its owner."""
+
+    run: RunSection
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        wrong = []
+        tokens, length = self.train.tokens_per_step, self.model.seq_len
+        if tokens is not None and tokens % length:
+            below, above = tokens // length * length, -(-tokens // length) * length
+            wrong.append(
+                f"train.tokens_per_step={tokens} is no multiple of model.seq_len={length}; the nearest are "
+                + " and ".join(str(n) for n in (below, above) if n > 0)
+            )
+        ramp = self.optim.warmup_steps + self.optim.decay_steps
+        if self.optim.schedule != "constant" and ramp > self.train.steps:
+            wrong.append(
+                f"optim.warmup_steps={self.optim.warmup_steps} and optim.decay_steps={self.optim.decay_steps} "
+                f"do not fit into train.steps={self.train.steps}; make them at most {self.train.steps} together"
+            )
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.folder) / self.run.name
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences a step, over all ranks."""
+        return self.train.global_batch_size or self.tokens_per_step // self.model.seq_len
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.tokens_per_step or (self.train.global_batch_size or 0) * self.model.seq_len
+
+    def grad_accum_steps(self, dp_size: int) -> int:
+        """Forward passes a rank makes for one step. Raises ConfigError, naming the two nearest batches that divide."""
+        unit = self.train.micro_batch_size * dp_size
+        batch = self.global_batch_size
+        if batch % unit:
+            nearest = [n for n in (batch // unit * unit, -(-batch // unit) * unit) if n > 0]
+            raise ConfigError(
+                f"a global batch of {batch} sequences does not divide into train.micro_batch_size="
+                f"{self.train.micro_batch_size} on {dp_size} ranks; the nearest that do are "
+                + " and ".join(f"{n} ({n * self.model.seq_len} tokens)" for n in nearest)
+            )
+        return batch // unit
+
+
+def load_config(path: str, overrides: list[str]) -> RunConfig:
+    """Read a recipe and apply `section.key=value` overrides. Raises ConfigError listing all that is wrong."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        near = sorted(str(p) for p in Path("configs").glob("*.yaml"))
+        raise ConfigError(
+            f"cannot read the recipe {path}: {error}; recipes here: {', '.join(near) or 'none'}"
+        ) from None
+    raw = _parse(text, path)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected sections such as run:, model:, train:; got {type(raw).__name__}")
+    wrong = []
+    for override in overrides:
+        try:
+            _set(raw, override)
+        except ConfigError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return validate(raw, path)
+
+
+def validate(raw: dict[str, Any], where: str) -> RunConfig:
+    """Check a mapping of sections. `where` names it in the message."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [line for item in error.errors() for line in _explain(item, raw)]
+        raise ConfigError(f"{where}: {len(lines)} wrong\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _explain(item: Any, raw: dict[str, Any]) -> list[str]:
+    """One pydantic error as `key: got VALUE; EXPECTED`."""
+    loc = [str(part) for part in item["loc"]]
+    key = ".".join(loc)
+    if item["type"] == "extra_forbidden":
+        return [f"{key}: no such key{_suggest(loc)}"]
+    if item["type"] == "missing":
+        return [f"{key}: missing; it has no default"]
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":  # our own, written with their values
+        return [f"{key}: {line}" if key else line for line in message.split("\n")]
+    return [f"{key}: got {item['input']!r}; {message[0].lower()}{message[1:]}"]
+
+
+def _suggest(loc: list[str]) -> str:
+    known = _keys_at(RunConfig, loc[:-1])
+    match = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
+    if match:
+        return f"; did you mean {'.'.join([*loc[:-1], match[0]])}?"
+    elsewhere = [f"{s}.{loc[-1]}" for s in RunConfig.model_fields if loc[-1] in _keys_at(RunConfig, [s])]
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(known) or 'none'}"
+
+
+def _keys_at(model: type[BaseModel], loc: list[str]) -> list[str]:
+    """Field names of the section at `loc`, going through unions of sections."""
+    models: list[type[BaseModel]] = [model]
+    for part in loc:
+        inner: list[type[BaseModel]] = []
+        for m in models:
+            if part in m.model_fields:
+                inner += _models_in(m.model_fields[part].annotation)
+        models = inner or models  # a union's tag in the location names no field
+    return sorted({name for m in models for name in m.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for argument in get_args(annotation) for m in _models_in(argument)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats (1e-4 is a number) and no key twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(\d[\d_]*)(\.[\d_]*)?([eE][-+]?\d+)$|^[-+]?\d[\d_]*\.[\d_]*$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader: no tag can make an object
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not YAML: {error}") from None
+
+
+def _set(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ConfigError(f"{override!r}: expected section.key=value, for example train.steps=100")
+    section = raw
+    for key in keys[:-1]:
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+        if not isinstance(section, dict):
+            raise ConfigError(f"{override!r}: {key} is {section!r}, not a section")
+    section[keys[-1]] = _parse(text, override)
+
+
+def to_yaml(cfg: RunConfig) -> str:
+    """The resolved config, every default written out."""
+    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# What a resumed run may be given anew: where it runs and what it writes, not what it computes.
+_MAY_CHANGE = ("parallel.", "checkpoint.", "log.", "eval.", "train.micro_batch_size", "train.max_skipped_in_a_row",
+               "run.folder", "run.name", "data.workers", "data.source", "data.corpus")  # fmt: skip
+
+
+def contradictions(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> list[str]:
+    """Keys of a saved config that `new` changes though a resumed run must keep them, as `key: was A, is B`.
+
+    allowed: keys that the user has named to be changed on purpose. The corpus is compared by its content, not here.
+    """
+    before, after = _flat(old), _flat(new)
+    return [
+        f"{key}: was {before.get(key)!r}, is {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(_MAY_CHANGE) and key not in allowed
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,86 @@
+"""The run's numbers: one line in the log, one JSON object in metrics.jsonl, one point a curve in TensorBoard."""
+
+import json
+import logging
+import math
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """Writes what rank 0 measures. After a resume, points behind the resumed step leave the curve but not the disk."""
+
+    def __init__(self, run_dir: Path, resumed_step: int) -> None:
+        """resumed_step: optimizer steps that the loaded checkpoint has taken, 0 on a fresh run."""
+        self.path = run_dir / "metrics.jsonl"
+        _set_aside_after(self.path, resumed_step)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1, flush_secs=10)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Put named scalars at `step`. Names are `group/name`; TensorBoard shows a group together."""
+        finite = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def write_text(self, name: str, text: str, step: int) -> None:
+        self.board.add_text(name, text, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def _set_aside_after(path: Path, step: int) -> None:
+    """Move the lines of metrics.jsonl that the resumed run will write again to metrics.superseded.jsonl."""
+    if not path.exists():
+        return
+    keep: list[str] = []
+    aside: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            (keep if json.loads(line)["step"] <= step else aside).append(line)
+        except (ValueError, KeyError):  # cut by a crash
+            aside.append(line)
+    if not aside:
+        return
+    with open(path.with_name("metrics.superseded.jsonl"), "a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in aside)
+    staging = path.with_name("metrics.jsonl.tmp")
+    staging.write_text("".join(f"{line}\n" for line in keep), encoding="utf-8")
+    os.replace(staging, path)
+
+
+# Dense bf16 or fp16 matrix products a second of one device, from the makers' data sheets.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Peak FLOP/s of a device by its name; None where it is not known or the format is fp32."""
+    if precision == "fp32":
+        return None
+    return next((peak for name, peak in _PEAK_FLOPS.items() if name in device_name), None)
+
+
+def peak_host_mem_gib() -> float:
+    """The largest resident size this process has had, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def describe(values: dict[str, Any], order: list[str]) -> str:
+    """One line of `name value` in a fixed order, absent ones left out."""
+    return "  ".join(f"{name.split('/')[-1]} {_short(values[name])}" for name in order if name in values)
+
+
+def _short(value: float) -> str:
+    if value == int(value) and abs(value) >= 1000:
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"

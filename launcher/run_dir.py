@@ -1,0 +1,139 @@
+"""A run on disk: its folder, the config it keeps, who may write to it, and the ledger of what happened to it."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from launcher.config import ConfigError, RunConfig, contradictions, to_yaml
+
+
+class RunDirError(RuntimeError):
+    """The run's folder cannot be used; nothing in it was changed."""
+
+
+def read_saved_config(run_dir: Path) -> dict[str, Any] | None:
+    """The resolved config that a run began with, None for a new run. Raises RunDirError if it is not readable YAML."""
+    path = run_dir / "config.yaml"
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunDirError(f"{path} cannot be read: {error}; restore it, or use another run.name") from error
+    if not isinstance(saved, dict):
+        raise RunDirError(f"{path} holds no config; restore it, or use another run.name")
+    return saved
+
+
+def refuse_other_config(cfg: RunConfig, allowed: list[str]) -> None:
+    """Raise ConfigError when the run's folder holds a run of another config, listing the keys."""
+    saved = read_saved_config(cfg.run_dir)
+    if saved is None:
+        return
+    wrong = contradictions(saved, cfg.model_dump(mode="json"), allowed)
+    if wrong:
+        raise ConfigError(
+            f"{cfg.run_dir} holds a run of another config:\n"
+            + "\n".join(f"  {line}" for line in wrong)
+            + "\nuse another run.name, set the keys back, or allow each on purpose with --allow-change KEY"
+        )
+
+
+def prepare_run_dir(cfg: RunConfig, needed_bytes: int) -> None:
+    """Make the run's folder and prove that it can be written and can hold a checkpoint of `needed_bytes`.
+
+    Raises RunDirError: read-only, not a folder, or too little space.
+    """
+    run_dir = cfg.run_dir
+    probe = run_dir / f".probe-{os.getpid()}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+        free = shutil.disk_usage(run_dir).free
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+        raise RunDirError(
+            f"{run_dir} cannot be written: {error.strerror or error}; choose another place with run.folder"
+        ) from error
+    if free < needed_bytes:
+        raise RunDirError(
+            f"{run_dir} has {free / 1e9:.2f} GB free; one checkpoint of this model takes {needed_bytes / 1e9:.2f} GB and "
+            "needs that beside the last one; free some space or choose another place with run.folder"
+        )
+
+
+def save_config(cfg: RunConfig) -> None:
+    (cfg.run_dir / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def sole_writer(run_dir: Path, wait_s: float = 40.0) -> Iterator[None]:
+    """Hold the run's folder against other jobs; the lock goes with the process, however that ends.
+
+    Waits up to wait_s for a holder to finish (a stopped run still saves for a moment), then raises RunDirError naming it.
+    """
+    path = run_dir / "lock"
+    with open(path, "a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + wait_s
+        announced = False
+        while not _try_lock(file):
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            if time.monotonic() >= deadline:
+                raise RunDirError(
+                    f"{run_dir} is in use by another job ({holder}); stop that one first, or use another run.name"
+                )
+            if not announced:
+                print(f"waiting up to {wait_s:.0f} s for the job that holds {run_dir}: {holder}", flush=True)
+                announced = True
+            time.sleep(0.2)
+        file.truncate(0)
+        job = os.environ.get("SLURM_JOB_ID", "none")
+        file.write(f"host {socket.gethostname()}, pid {os.getpid()}, SLURM job {job}\n")
+        file.flush()
+        yield
+
+
+def _try_lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class Ledger:
+    """ledger.jsonl: one JSON object for each start, resume, checkpoint, stop and end of a run. Rank 0 writes it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "ledger.jsonl"
+
+    def add(self, event: str, **fields: Any) -> None:
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def events(self) -> list[dict[str, Any]]:
+        """All whole lines; one that a crash cut is left out."""
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        events = []
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):
+                events.append(json.loads(line))
+        return events

@@ -1,0 +1,191 @@
+"""Everything that can be wrong with a recipe is said at once, with the key, the value and what was expected."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from launcher.config import ConfigError, contradictions, load_config, to_yaml
+from model.transformer import Transformer
+from parallel.deepspeed_config import check_passthrough
+
+RECIPES = sorted(Path("configs").glob("*.yaml"))
+
+GOOD = """
+run: {name: x}
+model: {vocab_size: 512, seq_len: 32, d_model: 32, n_layers: 2, n_heads: 4, d_ff: 64}
+train: {steps: 1000, global_batch_size: 8}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD)
+    return str(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_every_recipe_loads_and_its_model_can_be_built(path):
+    cfg = load_config(str(path), [])
+    assert check_passthrough(cfg.parallel) == []
+    with torch.device("meta"):
+        model = Transformer(cfg.model)
+    assert sum(p.numel() for p in model.parameters()) == cfg.model.n_params
+
+
+def test_the_recipes_are_found():
+    assert len(RECIPES) >= 9
+
+
+def test_the_resolved_config_loads_as_itself(recipe, tmp_path):
+    cfg = load_config(recipe, ["optim.lr=1e-4", "eval.prompts=['a: b', 'ü']"])
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(to_yaml(cfg), encoding="utf-8")
+    assert load_config(str(saved), []) == cfg
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.lrr=1"], r"optim.lrr: no such key; did you mean optim.lr\?"),
+        (["train.lr=1"], r"train.lr: no such key; did you mean optim.lr\?"),
+        (["trian.steps=1"], r"trian: no such key; did you mean train\?"),
+        (["model.d_modell=1"], r"model.d_modell: no such key; did you mean model.d_model\?"),
+        (["data.tokenizer.vocab=300"], r"data.tokenizer.vocab: no such key; did you mean data.tokenizer.vocab_size\?"),
+        (["optim.lr=fast"], "optim.lr: got 'fast'; input should be a valid number"),
+        (["optim.lr=-1"], "optim.lr: got -1; input should be greater than 0"),
+        (["optim.lr=.nan"], "optim.lr: got nan; input should be a finite number"),
+        (["optim.lr=.inf"], "optim.lr: got inf; input should be a finite number"),
+        (["optim.lr=true"], "optim.lr: got True; input should be a valid number"),
+        (["train.steps=0"], "train.steps: got 0; input should be greater than 0"),
+        (["train.steps=1.5"], "train.steps: got 1.5; input should be a valid integer"),
+        (["train.steps='10'"], "train.steps: got '10'; input should be a valid integer"),
+        (["train.steps=true"], "train.steps: got True; input should be a valid integer"),
+        (["parallel.zero_stage=4"], "parallel.zero_stage: got 4; input should be 0, 1, 2 or 3"),
+        (["parallel.precision=fp8"], "parallel.precision: got 'fp8'; input should be 'bf16', 'fp32' or 'fp16'"),
+        (["run.name=../x"], r"run.name: got '../x'; string should match pattern"),
+        (["train.tokens_per_step=64"], "train: global_batch_size=8 and tokens_per_step=64; give exactly one of the two"),
+        (["train.global_batch_size=null"], "global_batch_size=None and tokens_per_step=None; give exactly one"),
+        (
+            ["train.global_batch_size=null", "train.tokens_per_step=100"],
+            "train.tokens_per_step=100 is no multiple of model.seq_len=32; the nearest are 96 and 128",
+        ),
+        (["optim.warmup_steps=2000"], "optim.warmup_steps=2000 and .* do not fit into train.steps=1000; make them at most"),
+        (["optim.schedule=wsd"], "schedule=wsd with decay_steps=0; wsd needs decay_steps of at least 1"),
+        (["optim.decay_steps=5"], "schedule=cosine with decay_steps=5"),
+        (
+            ["parallel.grad_accum_dtype=fp32", "parallel.zero_stage=0"],
+            "grad_accum_dtype=fp32 with precision=bf16 needs parallel.zero_stage 1, 2 or 3",
+        ),
+        (["parallel.grad_accum_dtype=fp16"], "grad_accum_dtype=fp16 with precision=bf16; use fp32 or bf16"),
+        (["model.n_kv_heads=3"], "model.n_heads=4 is not a multiple of model.n_kv_heads=3"),
+        (["run.name=null"], "run.name: got None; input should be a valid string"),
+        (["train.steps"], "'train.steps': expected section.key=value, for example train.steps=100"),
+        (["steps=3"], "'steps=3': expected section.key=value"),
+        (["train.steps.x=3"], "'train.steps.x=3': steps is 1000, not a section"),
+        (["optim.lr=[1"], r"optim.lr=\[1: not YAML"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(recipe, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(recipe, overrides)
+
+
+def test_all_errors_come_at_once(recipe):
+    with pytest.raises(ConfigError) as error:
+        load_config(recipe, ["optim.lr=-1", "train.stepz=3", "model.d_model=x", "checkpoint.every=0"])
+    for key in ("optim.lr", "train.stepz", "model.d_model", "checkpoint.every"):
+        assert re.search(rf"^  {key}: ", str(error.value), re.MULTILINE), key
+    assert "4 wrong" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: {name: x}\nrun: {name: y}\n", "the key 'run' is given twice"),
+        ("- a\n- b\n", "expected sections such as run:, model:, train:; got list"),
+        ("run: [", "not YAML"),
+        ("run: !!python/object/apply:os.system ['true']\n", "not YAML: could not determine a constructor"),
+        ("run: {name: x}\n", "model: missing; it has no default"),
+    ],
+)
+def test_a_broken_recipe_is_refused(tmp_path, text, message):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(path), [])
+
+
+def test_a_missing_recipe_lists_those_that_exist(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the recipe .*none.yaml: .*recipes here: configs/"):
+        load_config(str(tmp_path / "none.yaml"), [])
+
+
+def test_floats_are_read_as_yaml_1_2_has_them(recipe):
+    cfg = load_config(recipe, ["optim.lr=1e-4", "optim.eps=1E-9", "optim.weight_decay=0"])
+    assert (cfg.optim.lr, cfg.optim.eps, cfg.optim.weight_decay) == (1e-4, 1e-9, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "accum"), [(8, 1, 8, 1), (8, 2, 2, 2), (512, 4, 64, 2), (24, 2, 3, 4)]
+)
+def test_accumulation_is_derived(recipe, batch, micro, ranks, accum):
+    cfg = load_config(recipe, [f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}"])
+    assert cfg.grad_accum_steps(ranks) == accum
+
+
+def test_a_batch_that_does_not_divide_names_the_two_nearest(recipe):
+    cfg = load_config(recipe, ["train.global_batch_size=10", "train.micro_batch_size=2"])
+    with pytest.raises(
+        ConfigError, match=r"micro_batch_size=2 on 3 ranks; the nearest .* 6 \(192 tokens\) and 12 \(384"
+    ):
+        cfg.grad_accum_steps(3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{gradient_clipp1ng: 1}", "parallel.deepspeed.gradient_clipp1ng: DeepSpeed has no such key"),
+        ("{wall_clock_breakdwn: true}", r"DeepSpeed has no such key; did you mean wall_clock_breakdown\?"),
+        ("{gradient_clipping: 1.0}", "this key is Longhaul's; set optim.grad_clip instead"),
+        ("{train_batch_size: 8}", "this key is Longhaul's; set train.global_batch_size instead"),
+        ("{zero_optimization: {stage: 3}}", "zero_optimization.stage: this key is Longhaul's; set parallel.zero_stage"),
+        ("{zero_optimization: {offload_optimizer: {device: cpu}}}", "offload is not wired"),
+        ("{zero_optimization: {overlap_com: true}}", r"no such key; did you mean overlap_comm\?"),
+        ("{zero_optimization: {reduce_bucket_size: -1}}", "reduce_bucket_size: got -1; Input should be greater than 0"),
+        ("{zero_optimization: 3}", "got 3; expected a mapping"),
+        ("{log_level: .nan}", "only what JSON can hold may be passed on"),
+    ],
+)
+def test_deepspeed_keys_are_checked(recipe, given, message):
+    cfg = load_config(recipe, [f"parallel.deepspeed={given}"])
+    assert re.search(message, "\n".join(check_passthrough(cfg.parallel))), check_passthrough(cfg.parallel)
+
+
+def test_good_deepspeed_keys_pass(recipe):
+    cfg = load_config(
+        recipe,
+        ["parallel.deepspeed={wall_clock_breakdown: true, zero_optimization: {stage3_max_live_parameters: 1000}}"],
+    )
+    assert check_passthrough(cfg.parallel) == []
+
+
+def test_a_resumed_run_may_change_where_it_runs_and_not_what_it_computes(recipe):
+    old = load_config(recipe, []).model_dump(mode="json")
+
+    def changed(*overrides, allowed=()):
+        return contradictions(old, load_config(recipe, list(overrides)).model_dump(mode="json"), list(allowed))
+
+    free = ["parallel.zero_stage=3", "train.micro_batch_size=4", "log.every=1", "checkpoint.every=7", "eval.windows=3"]
+    assert changed(*free) == []
+    assert changed("optim.lr=1.0") == ["optim.lr: was 0.0003, is 1.0"]
+    assert changed("optim.lr=1.0", "model.d_ff=96") == ["model.d_ff: was 64, is 96", "optim.lr: was 0.0003, is 1.0"]
+    assert changed("optim.lr=1.0", allowed=["optim.lr"]) == []
+    assert changed("train.global_batch_size=16") == ["train.global_batch_size: was 8, is 16"]
+
+
+def test_the_saved_config_is_plain_yaml(recipe):
+    assert yaml.safe_load(to_yaml(load_config(recipe, [])))["optim"]["lr"] == 0.0003

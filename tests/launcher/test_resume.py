@@ -1,0 +1,114 @@
+"""Killed, stopped and resumed runs against one that never stopped: the same bits."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from runs import (
+    assert_same_state,
+    deepspeed,
+    kill,
+    losses,
+    metrics,
+    rank_pids,
+    run,
+    start,
+    torchrun,
+    wait_for_step,
+    write_recipe,
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, corpus):
+    """ZeRO stage -> the folder of a run of 24 steps on two ranks that nothing interrupted."""
+    made = {}
+
+    def get(stage):
+        if stage not in made:
+            folder = tmp_path_factory.mktemp(f"straight{stage}")
+            recipe = write_recipe(folder, corpus)
+            run(torchrun(2, "--config", recipe, f"parallel.zero_stage={stage}"), folder / "log")
+            made[stage] = folder / "runs/test"
+        return made[stage]
+
+    return get
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_and_resumed_equals_never_stopped(stage, undisturbed, corpus, tmp_path):
+    """SIGKILL for all ranks after step 12, two micro-batches a step, dropout on: it goes on from step 10 or 15."""
+    straight = undisturbed(stage)
+    recipe = write_recipe(tmp_path, corpus)
+    command = torchrun(2, "--config", recipe, f"parallel.zero_stage={stage}")
+    process = start(command, tmp_path / "log")
+    wait_for_step(tmp_path / "runs/test", 12, process)
+    kill(recipe, process)
+    text = run(command, tmp_path / "log")
+    assert "resumed from" in text
+    assert losses(tmp_path / "runs/test") == losses(straight)
+    assert_same_state(tmp_path / "runs/test", straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_stopped_by_a_signal_saves_and_goes_on(number, undisturbed, corpus, tmp_path):
+    """The signal reaches one rank alone; both leave at the same step, saved, with exit code 75."""
+    recipe = write_recipe(tmp_path, corpus)
+    command = ["--config", recipe]
+    process = start(deepspeed(2, *command), tmp_path / "log")
+    run_dir = tmp_path / "runs/test"
+    wait_for_step(run_dir, 4, process)
+    os.kill(rank_pids(recipe)[1], number)
+    process.wait(60)
+    text = (tmp_path / "log").read_text()
+    assert process.returncode == 75, text[-3000:]
+    assert f"stopped by {number.name} at step" in text
+    events = [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]
+    stopped = next(event for event in events if event["event"] == "stopped")
+    assert (run_dir / f"checkpoints/step-{stopped['step']:08d}/manifest.json").exists()
+    run(deepspeed(2, *command), tmp_path / "log")
+    assert losses(run_dir) == losses(undisturbed(1))
+    assert_same_state(run_dir, undisturbed(1))
+
+
+def test_a_finished_run_says_so(undisturbed, corpus, tmp_path):
+    run_dir = undisturbed(1)
+    recipe = write_recipe(tmp_path, corpus)
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    text = run(torchrun(1, "--config", recipe, f"run.folder={run_dir.parent}"), tmp_path / "log")
+    assert f"{run_dir} is finished: 24 of 24 steps; nothing to do" in text
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_every_number_that_is_promised_is_written(undisturbed):
+    lines = metrics(undisturbed(1))
+    names = {name for line in lines for name in line}
+    assert names >= {
+        "train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/skipped_steps", "speed/tokens_per_s",
+        "speed/tokens_per_s_per_device", "speed/step_time_s", "speed/data_wait_s", "memory/peak_host_gib",
+        "checkpoint/stall_s", "valid/loss", "valid/bits_per_byte", "valid/perplexity",
+    }  # fmt: skip
+    assert [line["train/tokens"] for line in lines if "train/tokens" in line] == [8 * 32 * (i + 1) for i in range(24)]
+
+
+def test_tensorboard_shows_one_curve_over_a_restart(undisturbed, corpus, tmp_path):
+    """The event files of two starts, read as TensorBoard reads them: each step once, the config and samples as text."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = write_recipe(tmp_path, corpus)
+    command = torchrun(2, "--config", recipe)
+    process = start(command, tmp_path / "log")
+    wait_for_step(tmp_path / "runs/test", 8, process)
+    kill(recipe, process)
+    run(command, tmp_path / "log")
+    board = EventAccumulator(
+        str(tmp_path / "runs/test/tensorboard"), size_guidance={"scalars": 0, "tensors": 0}
+    ).Reload()
+    points = [(event.step, event.value) for event in board.Scalars("train/loss")]
+    assert [step for step, _ in points] == list(range(1, 25))
+    expected = losses(undisturbed(1))
+    assert all(abs(value - expected[step]) < 1e-6 for step, value in points)  # TensorBoard keeps fp32
+    assert {"config/text_summary", "sample/0/text_summary"} <= set(board.Tags()["tensors"])
+    assert len((tmp_path / "runs/test/metrics.superseded.jsonl").read_text().splitlines()) >= 1

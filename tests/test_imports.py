@@ -1,0 +1,49 @@
+"""Who may import whom: one direction only, so that the model can be built without ranks and data without DeepSpeed."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    "model": {"model"},
+    "data": {"data"},
+    "parallel": {"parallel", "model"},
+    "launcher": {"launcher", "parallel", "model", "data"},
+    "cluster": {"cluster"},
+}
+# Packages that have one home; tests may use them too.
+HOMES = {
+    "deepspeed": {"parallel"},
+    "torch.distributed": {"parallel"},
+    "transformers": {"model", "data"},
+    "sentencepiece": {"data"},
+    "datasets": {"data"},
+}
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_import_direction(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        used = {name.split(".")[0] for name in imported_names(path)} & ALLOWED.keys()
+        assert used <= ALLOWED[folder], f"{path} imports {sorted(used - ALLOWED[folder])}"
+
+
+@pytest.mark.parametrize("package", HOMES)
+def test_each_dependency_has_one_home(package):
+    for folder in ALLOWED:
+        for path in (ROOT / folder).rglob("*.py"):
+            found = any(name == package or name.startswith(f"{package}.") for name in imported_names(path))
+            assert not found or folder in HOMES[package], f"{path} imports {package}, whose home is {HOMES[package]}"

@@ -1,0 +1,150 @@
+"""A prepared corpus as windows: where each begins, what is in it, and which folders are refused."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from data import corpus as module
+from data.corpus import MANIFEST, Corpus, CorpusError, read_manifest
+from data.shards import ShardError
+
+
+def test_windows_follow_each_other_and_never_cross_shards(make_corpus):
+    """Shards of 11 and 8 tokens, 0..10 and 11..18; seq_len 3 gives 3 + 2 windows and tails of 1 and 1."""
+    corpus = Corpus.open(make_corpus([[4, 7], [8]]), "train", seq_len=3)
+    expected = [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9], [11, 12, 13, 14], [14, 15, 16, 17]]
+    assert corpus.n_windows == 5
+    assert [corpus.window(i).tolist() for i in range(5)] == expected
+    assert corpus.windows([4, 0, 4]).tolist() == [expected[4], expected[0], expected[4]]
+    assert (corpus.n_tokens, corpus.tail_tokens, corpus.n_bytes, corpus.bytes_per_token) == (19, 2, 76, 4.0)
+    assert corpus.window(0).dtype == np.int64
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 5, 7, 30])
+def test_every_token_is_read_or_counted_as_tail(make_corpus, seq_len):
+    documents = [[3, 4, 1], [1], [], [7, 0, 8], [29]]
+    corpus = Corpus.open(make_corpus(documents), "train", seq_len)
+    read = {token for row in corpus.windows(np.arange(corpus.n_windows)).tolist() for token in row}
+    assert len(read) + corpus.tail_tokens == corpus.n_tokens == 53
+    assert corpus.n_windows == sum(max(sum(lengths) - 1, 0) // seq_len for lengths in documents)
+
+
+def test_a_window_names_its_documents(make_corpus):
+    """Documents of 4, 0, 1, 6 tokens: the empty one has no token in any window."""
+    corpus = Corpus.open(make_corpus([[4, 0, 1, 6], [9]]), "train", seq_len=4)
+    assert corpus.documents(0) == [("train-00000", 0), ("train-00000", 2)]  # tokens 0..4
+    assert corpus.documents(1) == [("train-00000", 2), ("train-00000", 3)]  # tokens 4..8
+    assert corpus.documents(2) == [("train-00001", 0)]
+
+
+def test_uint16_tokens_come_as_int64(make_corpus):
+    corpus = Corpus.open(make_corpus([[9]], dtype=np.uint16), "train", seq_len=8)
+    assert corpus.window(0).tolist() == list(range(9))
+
+
+def test_opening_reads_no_tokens(make_corpus):
+    folder = make_corpus([[9], [9]])
+    for file in folder.glob("*.bin"):
+        size = file.stat().st_size
+        file.write_bytes(b"\xff" * size)
+    corpus = Corpus.open(folder, "train", seq_len=4)  # the contents are wrong, and nobody looked
+    assert corpus.n_windows == 4
+    assert not corpus._open
+    with pytest.raises(CorpusError, match=r"train-00000.bin has hash .*it was changed or damaged; delete it, then"):
+        corpus.verify()
+
+
+def test_verify_passes_what_was_written_and_checks_the_index_too(make_corpus):
+    folder = make_corpus([[9], [9]])
+    corpus = Corpus.open(folder, "train", seq_len=4)
+    corpus.verify()
+    index = folder / "train-00001.idx"
+    index.write_bytes(index.read_bytes()[:-1] + b"\x07")
+    with pytest.raises(CorpusError, match=r"train-00001.idx has hash"):
+        corpus.verify()
+
+
+def test_open_shards_are_bounded(make_corpus, monkeypatch):
+    monkeypatch.setattr(module, "MAX_OPEN_SHARDS", 3)
+    corpus = Corpus.open(make_corpus([[5]] * 10), "train", seq_len=4)
+    before = len(os.listdir("/proc/self/fd"))
+    assert corpus.windows([*range(10), 9, 0, 9]).shape == (13, 5)
+    assert list(corpus._open) == [8, 0, 9]  # the least recently used went first
+    assert len(os.listdir("/proc/self/fd")) - before <= 2 * 3
+
+
+def test_fingerprint_names_what_the_windows_depend_on(make_corpus):
+    first = make_corpus([[4, 7], [8]], "a")
+    corpus = Corpus.open(first, "train", 3)
+    same, longer = Corpus.open(make_corpus([[4, 7], [8]], "b"), "train", 3), Corpus.open(first, "train", 4)
+    other_cut, other_split = make_corpus([[7, 4], [8]], "c"), make_corpus([[4, 7], [8]], "d", split="valid")
+    assert corpus.fingerprint.startswith("split=train seq_len=3 tokenizer=0123456789abcdef shards=")
+    assert same.fingerprint == corpus.fingerprint
+    fingerprints = {
+        corpus.fingerprint,
+        longer.fingerprint,
+        Corpus.open(other_cut, "train", 3).fingerprint,
+        Corpus.open(other_split, "valid", 3).fingerprint,
+    }
+    assert len(fingerprints) == 4
+
+
+def test_missing_folder_manifest_and_split(make_corpus, tmp_path):
+    with pytest.raises(CorpusError, match=r"corpus folder .*nowhere does not exist; make it with"):
+        Corpus.open(tmp_path / "nowhere", "train", 4)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CorpusError, match=r"has no manifest.json, so it is not a finished corpus"):
+        Corpus.open(tmp_path / "empty", "train", 4)
+    folder = make_corpus([[9]])
+    with pytest.raises(CorpusError, match=r"has no split 'valid', only \['train'\]"):
+        Corpus.open(folder, "valid", 4)
+    with pytest.raises(CorpusError, match="seq_len=0; expected at least 1"):
+        Corpus.open(folder, "train", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda text: text[: len(text) // 2], "is damaged .*delete the file and run"),
+        (lambda text: "", "is damaged"),
+        (lambda text: "[]", "is damaged"),
+        (lambda text: json.dumps({**json.loads(text), "format_version": 2}), "format_version 2, this version reads 1"),
+        (lambda text: json.dumps({**json.loads(text), "extra": 2}), r"is damaged \(extra: "),
+        (lambda text: text.replace('"tokens":9', '"tokens":-9'), r"is damaged \(splits.train.shards.0.tokens: "),
+    ],
+)
+def test_broken_manifest(make_corpus, change, match):
+    folder = make_corpus([[9]])
+    (folder / MANIFEST).write_text(change((folder / MANIFEST).read_text()))
+    with pytest.raises(CorpusError, match=match):
+        read_manifest(folder)
+
+
+def test_missing_and_cut_shards(make_corpus):
+    folder = make_corpus([[9], [9]])
+    (folder / "train-00001.bin").write_bytes(bytes(35))
+    with pytest.raises(CorpusError, match=r"train-00001.bin has 35 bytes, manifest.json says 36; restore it, or run"):
+        Corpus.open(folder, "train", 4)
+    (folder / "train-00000.idx").unlink()
+    with pytest.raises(CorpusError, match=r"train-00000.idx is missing but named in manifest.json; restore it, or run"):
+        Corpus.open(folder, "train", 4)
+
+
+def test_shard_that_is_not_the_manifests(make_corpus):
+    """Same sizes, other dtype: two uint16 tokens for each int32."""
+    folder = make_corpus([[9]])
+    index = bytearray((folder / "train-00000.idx").read_bytes())
+    index[17] = 8  # uint16
+    index[34:38] = (18).to_bytes(4, "little")
+    (folder / "train-00000.idx").write_bytes(index)
+    with pytest.raises(ShardError, match=r"18 tokens of uint16, manifest.json says 9 of int32"):
+        Corpus.open(folder, "train", 4).window(0)
+
+
+@pytest.mark.parametrize("i", [-1, 2])
+def test_windows_outside(make_corpus, i):
+    corpus = Corpus.open(make_corpus([[9]]), "train", 4)
+    with pytest.raises(CorpusError, match=rf"windows {i} to {i} asked of .*which has 2"):
+        corpus.window(i)

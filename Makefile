@@ -1,0 +1,33 @@
+# Both targets make .venv and install everything first; they work in a fresh clone with Python 3.11 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/embedded.yaml
+BIN := $(VENV)/bin
+# Every accelerator there is; without one, as many processes as there are cores, at most two.
+RANKS ?= $(shell $(BIN)/python -c 'import os, torch; print(torch.accelerator.device_count() or min(2, os.cpu_count()))')
+
+.PHONY: pretrain test test-slow check setup
+
+pretrain: setup
+	$(BIN)/python launcher/prepare.py --config $(CONFIG)
+	$(BIN)/deepspeed --quiet --num_accelerators $(RANKS) launcher/pretrain.py --config $(CONFIG)
+
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -rs
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -rs
+
+check: setup
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+
+setup: $(VENV)/ready
+
+# torch first: what depends on it must find it there, or pip may bring another build of it.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@

@@ -10,6 +10,7 @@ import gc
 import logging
 import math
 import os
+import shutil
 import sys
 import textwrap
 import time
@@ -66,12 +67,17 @@ class Progress:
 
 @dataclass
 class Clock:
-    """Where the time of the steps since the last logged one went, seconds."""
+    """Where the time of some steps went, seconds; evaluation and checkpoints are not in it."""
 
     steps: int = 0
     step_s: float = 0.0
     data_wait_s: float = 0.0
     tokens: int = 0
+
+    def add(self, step_s: float, tokens: int) -> None:
+        self.steps += 1
+        self.step_s += step_s
+        self.tokens += tokens
 
 
 @dataclass
@@ -101,7 +107,7 @@ def train(cfg: RunConfig, mesh: Mesh, stop: StopFlag) -> int:
     metrics = MetricsLog(cfg.run_dir, progress.step) if mesh.rank == 0 else None
     if mesh.rank == 0:
         announce(cfg, mesh, ledger, metrics, start, progress, train_data, valid_data)
-    clock, stopped_by, saved_step, valid = Clock(), 0, progress.step, {}
+    clock, overall, stopped_by, saved_step, valid = Clock(), Clock(), 0, progress.step, {}
     try:
         while progress.step < cfg.train.steps and not stopped_by:
             vote = mesh.agree_max(stop.signal_number)  # travels while the step computes
@@ -113,8 +119,8 @@ def train(cfg: RunConfig, mesh: Mesh, stop: StopFlag) -> int:
             progress.step += 1
             note_skipped(cfg, progress, stats, batch, loader, mesh)
             progress.tokens += batch.n_targets
-            clock.steps, clock.tokens = clock.steps + 1, clock.tokens + batch.n_targets
-            clock.step_s += time.perf_counter() - began
+            for c in (clock, overall):
+                c.add(time.perf_counter() - began, batch.n_targets)
             stopped_by = vote.result()  # every rank leaves at the same step
             last = progress.step == cfg.train.steps
             if due(progress.step, cfg.log.every) or last:
@@ -126,7 +132,7 @@ def train(cfg: RunConfig, mesh: Mesh, stop: StopFlag) -> int:
             if due(progress.step, cfg.checkpoint.every) or last or stopped_by:
                 save(cfg, engine, loader, progress, ledger, metrics)
                 saved_step = progress.step
-            if clock.steps <= 1:
+            if overall.steps == 1:
                 gc.collect()
                 gc.freeze()  # what lives now lives to the end; collections need not look at it again
     except BaseException as error:
@@ -141,7 +147,7 @@ def train(cfg: RunConfig, mesh: Mesh, stop: StopFlag) -> int:
             metrics.close()
     finished = progress.step >= cfg.train.steps
     if mesh.rank == 0:
-        conclude(cfg, ledger, progress, valid, finished, stopped_by)
+        conclude(cfg, ledger, progress, valid, overall, finished, stopped_by)
     return 0 if finished else STOPPED
 
 
@@ -338,25 +344,25 @@ def log_step(
     tokens_per_s = clock.tokens / clock.step_s
     flops = tokens_per_s / mesh.world_size * cfg.model.flops_per_token(cfg.model.seq_len)
     values = {
-        "train/loss": loss,
-        "train/lr": lr_at(progress.step - 1, cfg.train.steps, cfg.optim),
-        "train/grad_norm": stats.update.grad_norm,
-        "train/tokens": progress.tokens,
-        "train/skipped_steps": progress.skipped,
+        "loss/train": loss,
+        "optim/lr": lr_at(progress.step - 1, cfg.train.steps, cfg.optim),
+        "optim/grad_norm": stats.update.grad_norm,
+        "progress/tokens": progress.tokens,
+        "optim/skipped_steps": progress.skipped,
         "speed/tokens_per_s": tokens_per_s,
         "speed/tokens_per_s_per_device": tokens_per_s / mesh.world_size,
         "speed/tflops_per_device": flops / 1e12,
         "speed/step_time_s": clock.step_s / clock.steps,
         "speed/data_wait_s": clock.data_wait_s / clock.steps,
-        "memory/peak_host_gib": peak_host_mem_gib(),
+        "system/peak_host_mem_gib": peak_host_mem_gib(),
     }
     if (peak := peak_flops(device.name(), cfg.parallel.precision)) is not None:
         values["speed/mfu"] = flops / peak
     if (gib := device.peak_mem_gib()) is not None:
-        values["memory/peak_device_gib"] = gib
+        values["system/peak_device_mem_gib"] = gib
     metrics.write(progress.step, values)
     left_s = (cfg.train.steps - progress.step) * clock.step_s / clock.steps
-    shown = ["train/loss", "train/grad_norm", "train/lr", "speed/tokens_per_s", "speed/mfu", "speed/data_wait_s"]
+    shown = ["loss/train", "optim/grad_norm", "optim/lr", "speed/tokens_per_s", "speed/mfu", "speed/data_wait_s"]
     log.info("step %*d/%d  %s  left %s", len(str(cfg.train.steps)), progress.step, cfg.train.steps,
              describe(values, shown), f"{left_s / 60:.1f} min")  # fmt: skip
 
@@ -374,12 +380,12 @@ def evaluate(cfg: RunConfig, engine: Engine, data: Corpus, metrics: MetricsLog |
     total, count = mesh.sum([total, count])
     loss = total / count
     values = {
-        "valid/loss": loss,
-        "valid/perplexity": math.exp(min(loss, 700.0)),
-        "valid/bits_per_byte": loss / math.log(2) / data.bytes_per_token,
+        "loss/valid": loss,
+        "loss/valid_perplexity": math.exp(min(loss, 700.0)),
+        "loss/valid_bits_per_byte": loss / math.log(2) / data.bytes_per_token,
     }
     if metrics is not None:
-        metrics.write(step, {**values, "valid/time_s": time.perf_counter() - began})
+        metrics.write(step, {**values, "speed/eval_time_s": time.perf_counter() - began})
         log.info("step %d  held-out %s", step, describe(values, list(values)))
     return values
 
@@ -437,12 +443,18 @@ def save(
     stall_s = time.perf_counter() - began
     if metrics is not None:
         ledger.add("checkpoint", step=progress.step, stall_s=round(stall_s, 3), path=str(path))
-        metrics.write(progress.step, {"checkpoint/stall_s": stall_s})
+        metrics.write(progress.step, {"speed/checkpoint_stall_s": stall_s})
         log.info("step %d  saved %s in %.2f s", progress.step, path, stall_s)
 
 
 def conclude(
-    cfg: RunConfig, ledger: Ledger, progress: Progress, valid: dict[str, float], finished: bool, stopped_by: int
+    cfg: RunConfig,
+    ledger: Ledger,
+    progress: Progress,
+    valid: dict[str, float],
+    overall: Clock,
+    finished: bool,
+    stopped_by: int,
 ) -> None:
     """Rank 0 says how it ended and what to do next."""
     if not finished:
@@ -454,16 +466,30 @@ def conclude(
             cfg.train.steps,
         )
         return
+    tokens_per_s = overall.tokens / overall.step_s if overall.step_s else None  # of this start's steps alone
     ledger.add("finished", step=progress.step, tokens=progress.tokens, **valid)
     log.info(
-        "finished: %d steps, %s tokens, %s\n  sample text:      python launcher/generate.py %s --prompt 'def '\n"
-        "  look at curves:   tensorboard --logdir %s",
+        "finished: %d steps, %s tokens, %s%s\n"
+        "  the run lies in   %s\n"
+        "  sample its text   %s launcher/generate.py %s --prompt 'def '\n"
+        "  see its curves    %s --logdir %s",
         progress.step,
         f"{progress.tokens:,}",
         describe(valid, list(valid)),
+        f"  tokens_per_s {tokens_per_s:,.0f}" if tokens_per_s else "",
         cfg.run_dir,
+        command("python"),
+        cfg.run_dir,
+        command("tensorboard"),
         cfg.run.folder,
     )
+
+
+def command(program: str) -> str:
+    """How to type a program of this environment: by its name where the shell finds it, else by its path."""
+    here = Path(sys.executable).parent / program
+    found = shutil.which(program)
+    return program if found and os.path.samefile(found, here) else os.path.relpath(here)
 
 
 # -- the command --------------------------------------------------------------------------------------------------------

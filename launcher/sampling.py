@@ -38,7 +38,7 @@ def sample(
             ids.append(int(logits.argmax()))
         else:
             if 0 < top_k < vocab_size:
-                logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+                logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
             ids.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
         if stop_at_eos and ids[-1] == eos_id:
             break

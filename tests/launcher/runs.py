@@ -110,9 +110,9 @@ def losses(run_dir: Path) -> dict[int, float]:
     """step -> training loss, as logged to the last digit; a step logged twice fails."""
     found: dict[int, float] = {}
     for line in metrics(run_dir):
-        if "train/loss" in line:
+        if "loss/train" in line:
             assert line["step"] not in found, f"step {line['step']} is in metrics.jsonl twice"
-            found[line["step"]] = line["train/loss"]
+            found[line["step"]] = line["loss/train"]
     return found
 
 

@@ -86,11 +86,13 @@ def test_every_number_that_is_promised_is_written(undisturbed):
     lines = metrics(undisturbed(1))
     names = {name for line in lines for name in line}
     assert names >= {
-        "train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/skipped_steps", "speed/tokens_per_s",
-        "speed/tokens_per_s_per_device", "speed/step_time_s", "speed/data_wait_s", "memory/peak_host_gib",
-        "checkpoint/stall_s", "valid/loss", "valid/bits_per_byte", "valid/perplexity",
+        "loss/train", "optim/lr", "optim/grad_norm", "progress/tokens", "optim/skipped_steps", "speed/tokens_per_s",
+        "speed/tokens_per_s_per_device", "speed/step_time_s", "speed/data_wait_s", "system/peak_host_mem_gib",
+        "speed/checkpoint_stall_s", "loss/valid", "loss/valid_bits_per_byte", "loss/valid_perplexity",
     }  # fmt: skip
-    assert [line["train/tokens"] for line in lines if "train/tokens" in line] == [8 * 32 * (i + 1) for i in range(24)]
+    assert [line["progress/tokens"] for line in lines if "progress/tokens" in line] == [
+        8 * 32 * (i + 1) for i in range(24)
+    ]
 
 
 def test_tensorboard_shows_one_curve_over_a_restart(undisturbed, corpus, tmp_path):
@@ -106,7 +108,7 @@ def test_tensorboard_shows_one_curve_over_a_restart(undisturbed, corpus, tmp_pat
     board = EventAccumulator(
         str(tmp_path / "runs/test/tensorboard"), size_guidance={"scalars": 0, "tensors": 0}
     ).Reload()
-    points = [(event.step, event.value) for event in board.Scalars("train/loss")]
+    points = [(event.step, event.value) for event in board.Scalars("loss/train")]
     assert [step for step, _ in points] == list(range(1, 25))
     expected = losses(undisturbed(1))
     assert all(abs(value - expected[step]) < 1e-6 for step, value in points)  # TensorBoard keeps fp32

@@ -6,7 +6,6 @@ import math
 import os
 import resource
 from pathlib import Path
-from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -75,12 +74,22 @@ def peak_host_mem_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def describe(values: dict[str, Any], order: list[str]) -> str:
-    """One line of `name value` in a fixed order, absent ones left out."""
-    return "  ".join(f"{name.split('/')[-1]} {_short(values[name])}" for name in order if name in values)
+def describe(values: dict[str, float], names: list[str]) -> str:
+    """One line of `label value` in the order of `names`, absent ones left out. The label of loss/... is loss."""
+    return "  ".join(f"{_LABELS.get(n, n.split('/')[-1])} {_short(values[n])}" for n in names if n in values)
+
+
+_LABELS = {
+    "loss/train": "loss",
+    "loss/valid": "loss",
+    "loss/valid_perplexity": "perplexity",
+    "loss/valid_bits_per_byte": "bits_per_byte",
+}
 
 
 def _short(value: float) -> str:
+    if not math.isfinite(value) or abs(value) >= 1e9:
+        return f"{value:.4g}"
     if value == int(value) and abs(value) >= 1000:
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"

@@ -89,11 +89,11 @@ def test_sampling_draws_from_the_right_tokens():
 
 
 def test_numbers_that_break_are_reported_and_end_the_run(corpus, tmp_path):
-    """A learning rate that throws the weights to 1e30: the second step's loss is not finite on any rank."""
+    """A learning rate that throws the weights to 1e30: the second step breaks."""
     recipe = write_recipe(tmp_path, corpus)
     changes = ("optim.lr=1e30", "optim.warmup_steps=0", "train.max_skipped_in_a_row=3", "parallel.zero_stage=0")
     text = run(torchrun(2, "--config", recipe, *changes), tmp_path / "log", code=None)
-    assert "skipped, gradients not finite: rank 0, loss not finite in micro-batches [0, 1]" in text
+    assert "step 2 skipped, gradients not finite: rank 0, " in text
     assert "[rank 1] step 2 skipped" in text
     assert "documents of train-" in text
     assert "3 updates in a row had gradients that are not finite, up to step 4" in text

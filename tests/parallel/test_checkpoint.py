@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-from ranks import build, run_ranks, run_steps, whole_state
 
 from parallel.checkpoint import (
     CheckpointError,
@@ -20,6 +19,7 @@ from parallel.checkpoint import (
 )
 from parallel.config import ParallelConfig
 from parallel.engine import KINDS, Fragment
+from ranks import build, run_ranks, run_steps, whole_state
 
 TOPOLOGIES = [(stage, ranks) for ranks in (1, 2) for stage in (0, 1, 2, 3)]
 

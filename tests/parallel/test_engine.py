@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from ranks import build, run_ranks, run_steps, whole_state
 
 from parallel.config import ParallelConfig
+from ranks import build, run_ranks, run_steps, whole_state
 
 STAGES = (0, 1, 2, 3)
 RECOMPUTE = ("none", "full", "every_k", "selective")
@@ -34,10 +34,9 @@ def trained(request):
 @pytest.fixture(scope="module")
 def plain():
     """One process without DeepSpeed: the model, torch's AdamW and clipping."""
-    from ranks import BATCH, MODEL, OPTIM, batch_of
-
     from model.transformer import Transformer
     from parallel.optim import build_adamw
+    from ranks import BATCH, MODEL, OPTIM, batch_of
 
     class Alone:
         dp_rank, dp_size = 0, 1

@@ -1,9 +1,9 @@
 """Twenty deterministic steps of a tiny model, one process, fp32: a change that moves these losses says why in its commit."""
 
 import pytest
-from ranks import build, run_ranks, run_steps
 
 from parallel.config import ParallelConfig
+from ranks import build, run_ranks, run_steps
 
 GOLDEN = [
     6.947159,

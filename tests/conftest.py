@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import sysconfig
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A job started in the background ignores Ctrl-C and hands that down; the tests that send one need it to arrive.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = [str(Path(__file__).parent / "parallel"), str(Path(__file__).parent / "launcher")]
 
 

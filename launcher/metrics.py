@@ -44,10 +44,10 @@ def _set_aside_after(path: Path, step: int) -> None:
         return
     keep: list[str] = []
     aside: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             (keep if json.loads(line)["step"] <= step else aside).append(line)
-        except (ValueError, KeyError):  # cut by a crash
+        except (ValueError, KeyError, TypeError):  # cut by a crash, or no line of ours
             aside.append(line)
     if not aside:
         return

@@ -127,13 +127,15 @@ class Ledger:
             os.fsync(file.fileno())
 
     def events(self) -> list[dict[str, Any]]:
-        """All whole lines; one that a crash cut is left out."""
+        """All whole lines that are events; one that a crash cut, or that something else wrote, is left out."""
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return []
         events = []
         for line in lines:
             with contextlib.suppress(json.JSONDecodeError):
-                events.append(json.loads(line))
+                event = json.loads(line)
+                if isinstance(event, dict) and "event" in event:
+                    events.append(event)
         return events

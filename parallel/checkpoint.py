@@ -305,7 +305,14 @@ def newest_good(folder: Path, mesh: Mesh) -> CheckpointReader | None:
 
 
 def _damaged(folder: Path) -> list[str]:
-    return [entry.name for entry in folder.glob("step-*.damaged*")] if folder.is_dir() else []
+    """Folders that were checkpoints: set aside, or without a manifest (its removal begins a deletion)."""
+    if not folder.is_dir():
+        return []
+    return [
+        entry.name
+        for entry in folder.iterdir()
+        if ".damaged" in entry.name or (_STEP_NAME.fullmatch(entry.name) and not (entry / "manifest.json").is_file())
+    ]
 
 
 def _free_name(path: Path) -> Path:

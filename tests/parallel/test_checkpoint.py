@@ -203,6 +203,13 @@ def test_no_good_checkpoint_stops_and_goes_on_stopping(checkpoints):
             newest_good(checkpoints, Alone())
 
 
+def test_checkpoints_without_manifests_are_no_fresh_run_either(checkpoints):
+    for step in (1, 2):
+        (checkpoints / f"step-0000000{step}/manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="none that is whole .damaged: step-00000001, step-00000002."):
+        newest_good(checkpoints, Alone())
+
+
 def test_no_checkpoint_at_all_is_a_fresh_run(tmp_path):
     assert newest_good(tmp_path / "none", Alone()) is None
 

@@ -1,0 +1,48 @@
+"""The files beside the checkpoints: what a crash or another program left in them does not stop a resume."""
+
+import json
+
+import pytest
+
+from launcher.metrics import MetricsLog, describe
+from launcher.run_dir import Ledger
+
+RUBBISH = ["", "{", "3", "null", '{"step": null}', '["step"]', "\x00\x00", '{"st']
+
+
+@pytest.mark.parametrize("rubbish", RUBBISH)
+def test_rubbish_in_the_ledger_is_left_out(tmp_path, rubbish):
+    ledger = Ledger(tmp_path)
+    assert ledger.events() == []
+    ledger.add("start", step=0)
+    with open(ledger.path, "a") as file:
+        file.write(rubbish + "\n")
+    ledger.add("finished", step=3)
+    assert [event["event"] for event in ledger.events()] == ["start", "finished"]
+
+
+@pytest.mark.parametrize("rubbish", RUBBISH)
+def test_rubbish_in_the_metrics_is_set_aside_with_what_is_written_again(tmp_path, rubbish):
+    lines = [json.dumps({"step": step, "loss/train": 1.0 / step}) for step in range(1, 6)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([*lines, rubbish]) + "\n")
+    log = MetricsLog(tmp_path, resumed_step=3)
+    log.write(4, {"loss/train": float("inf")})
+    log.close()
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in kept] == [1, 2, 3, 4]
+    assert kept[-1]["loss/train"] == "inf"
+    aside = (tmp_path / "metrics.superseded.jsonl").read_text().splitlines()
+    assert aside == [*lines[3:], rubbish]
+
+
+def test_the_log_line_can_hold_any_number():
+    values = {
+        "a/x": float("inf"),
+        "a/y": float("nan"),
+        "a/z": 12345.6,
+        "loss/train": 3.14159,
+        "a/n": 1e30,
+        "a/i": 4000.0,
+    }
+    assert describe(values, list(values)) == "x inf  y nan  z 12,346  loss 3.142  n 1e+30  i 4,000"

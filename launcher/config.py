@@ -26,13 +26,13 @@ class RunSection(BaseModel, frozen=True, extra="forbid", strict=True):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # the run's folder is folder/name
     folder: str = "runs"
-    seed: NonNegativeInt = 0  # of initial weights and dropout; the order of data has data.seed
+    seed: int = Field(0, ge=0, lt=2**63)  # of initial weights and dropout; the order of data has data.seed
 
 
 class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How long, and how much at a time. The batch is said once; accumulation is derived."""
 
-    steps: PositiveInt  # optimizer steps of the whole run
+    steps: int = Field(gt=0, le=10**12)  # optimizer steps of the whole run
     global_batch_size: PositiveInt | None = None  # sequences a step, over all ranks; or:
     tokens_per_step: PositiveInt | None = None  # tokens a step, over all ranks
     micro_batch_size: PositiveInt = 1  # sequences, one rank, one forward
@@ -250,6 +250,12 @@ def to_yaml(cfg: RunConfig) -> str:
 # What a resumed run may be given anew: where it runs and what it writes, not what it computes.
 _MAY_CHANGE = ("parallel.", "checkpoint.", "log.", "eval.", "train.micro_batch_size", "train.max_skipped_in_a_row",
                "run.folder", "run.name", "data.workers", "data.source", "data.corpus")  # fmt: skip
+
+
+def unknown_keys(cfg: RunConfig, keys: list[str]) -> list[str]:
+    """Those of `keys` that are no key of a config, written section.key."""
+    known = _flat(cfg.model_dump(mode="json"))
+    return [key for key in keys if key not in known]
 
 
 def contradictions(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> list[str]:

@@ -26,8 +26,10 @@ def load_model(run_dir: Path, step: int | None) -> tuple[Transformer, Tokenizer]
     steps = committed_steps(folder)
     if not steps or (step is not None and step not in steps):
         have = ", ".join(map(str, steps)) or "none"
-        raise CheckpointError(f"{folder} has no checkpoint{f' of step {step}' if step else ''}; it has: {have}")
-    path = folder / f"step-{step or steps[-1]:08d}"
+        raise CheckpointError(
+            f"{folder} has no checkpoint{f' of step {step}' if step is not None else ''}; it has: {have}"
+        )
+    path = folder / f"step-{steps[-1] if step is None else step:08d}"
     if wrong := faults(path):
         raise CheckpointError(f"{path} is damaged: {wrong[0]}; choose another with --step")
     reader = CheckpointReader(path)
@@ -36,7 +38,7 @@ def load_model(run_dir: Path, step: int | None) -> tuple[Transformer, Tokenizer]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.tensor(name))
-    return model.eval(), Tokenizer.load(Path(cfg.data.corpus) / "tokenizer")
+    return model.eval(), Tokenizer.load(run_dir / "tokenizer")
 
 
 def main(argv: list[str]) -> int:

@@ -106,7 +106,7 @@ def train(cfg: RunConfig, mesh: Mesh, stop: StopFlag) -> int:
     )
     metrics = MetricsLog(cfg.run_dir, progress.step) if mesh.rank == 0 else None
     if mesh.rank == 0:
-        announce(cfg, mesh, ledger, metrics, start, progress, train_data, valid_data)
+        announce(cfg, mesh, ledger, metrics, start, progress, tokenizer, train_data, valid_data)
     clock, overall, stopped_by, saved_step, valid = Clock(), Clock(), 0, progress.step, {}
     try:
         while progress.step < cfg.train.steps and not stopped_by:
@@ -170,7 +170,7 @@ def due(step: int, every: int) -> bool:
 
 def seed_step(seed: int, step: int, dp_rank: int) -> None:
     """Dropout's random numbers are a function of seed, step and rank, so a resumed run draws the same."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + dp_rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + dp_rank) % 2**63)
 
 
 # -- before the first step ----------------------------------------------------------------------------------------------
@@ -189,8 +189,8 @@ def open_data(cfg: RunConfig) -> tuple[Tokenizer, Corpus, Corpus]:
         )
     if ours > theirs and (ours % 64 or ours - theirs >= 256):
         raise ConfigError(
-            f"model.vocab_size={ours} is larger than the vocabulary of {corpus}, {theirs}; set it to {theirs}, or to "
-            f"{-(-theirs // 64) * 64} (a multiple of 64, less than 256 above it) for the speed of even matrices"
+            f"model.vocab_size={ours} is larger than the vocabulary of {corpus}, {theirs}; set it to {theirs}, or for the "
+            f"speed of even matrices to a multiple of 64 less than 256 above it, such as {(theirs // 64 + 1) * 64}"
         )
     if train_data.n_windows < cfg.global_batch_size:
         raise ConfigError(
@@ -254,6 +254,7 @@ def announce(
     metrics: MetricsLog | None,
     start: int,
     progress: Progress,
+    tokenizer: Tokenizer,
     train_data: Corpus,
     valid_data: Corpus,
 ) -> None:
@@ -261,6 +262,7 @@ def announce(
     assert metrics is not None
     if start == 1:
         save_config(cfg)
+        tokenizer.save(cfg.run_dir / "tokenizer")  # so that the run's weights can be used without its corpus
     ledger.add(
         "start",
         number=start,
@@ -507,7 +509,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                         "run may change on purpose; may be repeated")  # fmt: skip
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # passed by deepspeed
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # options may stand between overrides
 
 
 def check(args: argparse.Namespace) -> tuple[RunConfig, Place]:

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from launcher.config import ConfigError, RunConfig, contradictions, to_yaml
+from launcher.config import ConfigError, RunConfig, contradictions, to_yaml, unknown_keys
 
 
 class RunDirError(RuntimeError):
@@ -36,6 +36,10 @@ def read_saved_config(run_dir: Path) -> dict[str, Any] | None:
 
 def refuse_other_config(cfg: RunConfig, allowed: list[str]) -> None:
     """Raise ConfigError when the run's folder holds a run of another config, listing the keys."""
+    if unknown := unknown_keys(cfg, allowed):
+        raise ConfigError(
+            f"--allow-change {unknown[0]}: no such key; expected section.key, one for each --allow-change"
+        )
     saved = read_saved_config(cfg.run_dir)
     if saved is None:
         return

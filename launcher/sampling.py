@@ -1,5 +1,6 @@
 """Continue a prompt by sampling from a model, one token at a time."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -27,8 +28,10 @@ def sample(
     temperature: 0 takes the most likely token.    top_k: 0 keeps all.
     The same seed gives the same tokens on every rank.
     """
-    if n_tokens < 1 or temperature < 0 or top_k < 0:
-        raise ValueError(f"n_tokens={n_tokens}, temperature={temperature}, top_k={top_k}; expected at least 1, 0 and 0")
+    if n_tokens < 1 or not 0 <= temperature < math.inf or top_k < 0:
+        raise ValueError(
+            f"n_tokens={n_tokens}, temperature={temperature}, top_k={top_k}; expected at least 1, 0 and 0, and finite"
+        )
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt) or [eos_id]  # a document begins after the end of another
     for _ in range(n_tokens):
@@ -39,7 +42,8 @@ def sample(
         else:
             if 0 < top_k < vocab_size:
                 logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-            ids.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
+            scaled = (logits.double() - logits.max()) / temperature  # the largest is 0, however small the temperature
+            ids.append(int(torch.multinomial(scaled.softmax(-1), 1, generator=generator)))
         if stop_at_eos and ids[-1] == eos_id:
             break
     return ids

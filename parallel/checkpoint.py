@@ -115,7 +115,8 @@ def _write_shard(staging: Path, rank: int, fragments: list[Fragment]) -> tuple[s
 
 
 def _commit(staging: Path, final: Path, manifest: Manifest) -> None:
-    write_synced(staging / "manifest.json", json.dumps(asdict(manifest), indent=1) + "\n")
+    body = asdict(manifest)
+    write_synced(staging / "manifest.json", json.dumps({**body, "xxh3": _body_hash(body)}, indent=1) + "\n")
     _sync(staging)
     replaced = None
     if final.exists():  # the same step, from before the run went back behind it
@@ -156,6 +157,11 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _body_hash(body: dict[str, Any]) -> str:
+    """xxh3-128 of what a manifest says, whatever its layout as text."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
 
 
 def file_hash(path: Path) -> str:
@@ -239,7 +245,11 @@ def read_manifest(path: Path) -> Manifest:
             raise CheckpointError(
                 f"{file}: format version {raw.get('format_version')!r}, this program reads {FORMAT_VERSION}"
             )
+        if raw.pop("xxh3", None) != _body_hash(raw):
+            raise CheckpointError(f"{file} does not say what was written: its own xxh3 differs")
         manifest = Manifest(**raw)
+        if path.name.split(".")[0] != f"step-{manifest.step:08d}":
+            raise CheckpointError(f"{file} is of step {manifest.step}, its folder is {path.name}")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: {type(error).__name__}: {error}") from error
     for name in manifest.files:

@@ -68,7 +68,7 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     activation_checkpointing: Literal["none", "full", "every_k", "selective"] = "none"
     checkpoint_every_k: PositiveInt = 2  # with every_k: recompute each k-th block
-    timeout_s: PositiveInt = 1800  # a collective that takes longer ends the run
+    timeout_s: int = Field(1800, gt=0, le=7 * 86_400)  # a collective that takes longer ends the run
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # further DeepSpeed keys, checked, passed on as they are
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ SCRIPTS = Path(sys.executable).parent  # deepspeed and torchrun of this environm
 PRETRAIN = "launcher/pretrain.py"
 
 RECIPE = """
-run: {{name: {name}, folder: {folder}, seed: 3}}
+run: {{name: {name}, folder: {folder}, seed: 4611686018427387904}}
 model: {{vocab_size: 512, seq_len: 32, d_model: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, d_ff: 64, dropout: 0.1}}
 data: {{corpus: {corpus}, tokenizer: {{vocab_size: 512}}}}
 optim: {{lr: 1e-3, warmup_steps: 3}}

@@ -33,6 +33,12 @@ def test_the_model_read_from_fragments_has_the_loss_that_the_engine_logged(run_d
     assert total / count == pytest.approx(logged, rel=1e-5)
 
 
+def test_a_run_can_be_used_from_anywhere_and_without_its_corpus(run_dir, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert generate.main([str(run_dir), "--prompt", "class ", "--tokens", "3", "--temperature", "1e-300"]) == 0
+    assert capsys.readouterr().out.startswith("class ")
+
+
 def test_text_is_printed_and_a_seed_repeats_it(run_dir, capsys):
     texts = []
     for seed in ("1", "1", "2"):
@@ -46,8 +52,11 @@ def test_text_is_printed_and_a_seed_repeats_it(run_dir, capsys):
     ("arguments", "message"),
     [
         (["--step", "4"], r"has no checkpoint of step 4; it has: 3, 6"),
-        (["--tokens", "0"], "n_tokens=0, temperature=0.8, top_k=50; expected at least 1, 0 and 0"),
+        (["--tokens", "0"], "n_tokens=0, temperature=0.8, top_k=50; expected at least 1, 0 and 0, and finite"),
         (["--temperature", "-1"], "temperature=-1.0"),
+        (["--temperature", "nan"], "temperature=nan"),
+        (["--temperature", "inf"], "temperature=inf"),
+        (["--step", "0"], "has no checkpoint of step 0; it has: 3, 6"),
         (["--top-k", "-1"], "top_k=-1"),
     ],
 )

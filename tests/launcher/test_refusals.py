@@ -90,6 +90,8 @@ def test_a_run_folder_of_another_config(capsys, recipe):
         ["--config", str(recipe), "--allow-change", "optim.lr", "--allow-change", "model.d_ff"]
     )
     pretrain.check(args)
+    assert pretrain.main(["--config", str(recipe), "run.seed=3", "--allow-change", "optim.lrr", "run.name=test"]) == 2
+    assert "--allow-change optim.lrr: no such key" in capsys.readouterr().err
     (run_dir / "config.yaml").write_text("[")
     assert "config.yaml cannot be read" in refused(capsys, recipe)
 

@@ -12,6 +12,7 @@ from parallel.checkpoint import (
     CheckpointError,
     CheckpointReader,
     Manifest,
+    _body_hash,
     committed_steps,
     faults,
     newest_good,
@@ -110,6 +111,16 @@ def checkpoints(original, tmp_path):
     return tmp_path / "checkpoints"
 
 
+def edit(folder, rehash=False, **changes):
+    """Change a manifest; with rehash, as somebody who knows the format would."""
+    path = folder / "manifest.json"
+    manifest = {**json.loads(path.read_text()), **changes}
+    if rehash:
+        manifest.pop("xxh3")
+        manifest["xxh3"] = _body_hash(manifest)
+    path.write_text(json.dumps(manifest))
+
+
 class Alone:
     """What newest_good needs of a mesh, in one process."""
 
@@ -176,7 +187,11 @@ def test_a_flipped_bit_is_found(checkpoints, where, caplog):
         (lambda p: (p / "rank-00001.safetensors").unlink(), "No such file"),
         (lambda p: (p / "manifest.json").write_text("{"), "JSONDecodeError"),
         (lambda p: (p / "manifest.json").write_text('{"format_version": 9}'), "format version 9, this program reads 1"),
-        (lambda p: (p / "manifest.json").write_text('{"format_version": 1}'), "TypeError"),
+        (lambda p: (p / "manifest.json").write_text('{"format_version": 1}'), "its own xxh3 differs"),
+        (lambda p: edit(p, files={}), "its own xxh3 differs"),
+        (lambda p: edit(p, step=3), "its own xxh3 differs"),
+        (lambda p: edit(p, step=3, rehash=True), "is of step 3, its folder is step-00000002"),
+        (lambda p: edit(p, new=3, rehash=True), "TypeError"),
     ],
 )
 def test_other_damage_is_found_and_the_one_before_is_used(checkpoints, damage, message, caplog):
@@ -186,11 +201,9 @@ def test_other_damage_is_found_and_the_one_before_is_used(checkpoints, damage, m
 
 
 def test_a_manifest_that_points_outside_is_refused(checkpoints):
-    path = checkpoints / "step-00000002/manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"]["../step-00000001/rank-00000.safetensors"] = {"bytes": 1, "xxh3": "0"}
-    path.write_text(json.dumps(manifest))
-    assert "which is not a file beside it" in faults(path.parent)[0]
+    path = checkpoints / "step-00000002"
+    edit(path, files={"../step-00000001/rank-00000.safetensors": {"bytes": 1, "xxh3": "0"}}, rehash=True)
+    assert "which is not a file beside it" in faults(path)[0]
 
 
 def test_no_good_checkpoint_stops_and_goes_on_stopping(checkpoints):

@@ -260,8 +260,8 @@ def announce(
 ) -> None:
     """Rank 0 says what begins, once, in the log, the ledger and TensorBoard."""
     assert metrics is not None
+    save_config(cfg)  # at each start: what was changed on purpose is what the next resume is held to
     if start == 1:
-        save_config(cfg)
         tokenizer.save(cfg.run_dir / "tokenizer")  # so that the run's weights can be used without its corpus
     ledger.add(
         "start",

@@ -78,7 +78,10 @@ def prepare_run_dir(cfg: RunConfig, needed_bytes: int) -> None:
 
 
 def save_config(cfg: RunConfig) -> None:
-    (cfg.run_dir / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+    """Replace config.yaml whole. Each checkpoint's manifest keeps the config of its time."""
+    staging = cfg.run_dir / "config.yaml.tmp"
+    staging.write_text(to_yaml(cfg), encoding="utf-8")
+    os.replace(staging, cfg.run_dir / "config.yaml")
 
 
 @contextlib.contextmanager

@@ -82,6 +82,16 @@ def test_a_finished_run_says_so(undisturbed, corpus, tmp_path):
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_finished_run_goes_on_when_its_length_is_changed_on_purpose(corpus, tmp_path):
+    recipe = write_recipe(tmp_path, corpus)
+    run(torchrun(1, "--config", recipe, "train.steps=6"), tmp_path / "first")
+    longer = torchrun(1, "--config", recipe, "--allow-change", "train.steps", "train.steps=8")
+    run(longer, tmp_path / "longer")
+    assert sorted(losses(tmp_path / "runs/test")) == list(range(1, 9))
+    text = run(torchrun(1, "--config", recipe, "train.steps=6"), tmp_path / "back", code=None)
+    assert "train.steps: was 8, is 6" in text
+
+
 def test_every_number_that_is_promised_is_written(undisturbed):
     lines = metrics(undisturbed(1))
     names = {name for line in lines for name in line}

@@ -491,7 +491,8 @@ def command(program: str) -> str:
     """How to type a program of this environment: by its name where the shell finds it, else by its path."""
     here = Path(sys.executable).parent / program
     found = shutil.which(program)
-    return program if found and os.path.samefile(found, here) else os.path.relpath(here)
+    # without following links: every environment's python links to the same one
+    return program if found and os.path.abspath(found) == os.path.abspath(here) else os.path.relpath(here)
 
 
 # -- the command --------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """The files beside the checkpoints: what a crash or another program left in them does not stop a resume."""
 
 import json
+import sys
 
 import pytest
 
 from launcher.metrics import MetricsLog, describe
+from launcher.pretrain import command
 from launcher.run_dir import Ledger
 
 RUBBISH = ["", "{", "3", "null", '{"step": null}', '["step"]', "\x00\x00", '{"st']
@@ -46,3 +48,17 @@ def test_the_log_line_can_hold_any_number():
         "a/i": 4000.0,
     }
     assert describe(values, list(values)) == "x inf  y nan  z 12,346  loss 3.142  n 1e+30  i 4,000"
+
+
+def test_a_program_is_named_so_that_it_can_be_typed(monkeypatch, tmp_path):
+    """Another environment's python on the PATH, a link to the same file, is not this one's."""
+    own, other = tmp_path / "own", tmp_path / "other"
+    for folder in (own, other):
+        folder.mkdir()
+        (folder / "python").symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(own / "python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(other))
+    assert command("python") == "own/python"
+    monkeypatch.setenv("PATH", str(own))
+    assert command("python") == "python"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import CausalAttention, Mask, document_mask, flex_serves, positions_in_documents
 from model.config import ModelConfig
 from model.init import BLOCK, initial_values
 from model.loss import linear_cross_entropy
@@ -58,40 +59,22 @@ def rotary_frequencies(cfg: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rotary_tables(cfg: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for `positions` (T,): two tensors (T, H/2), fp32 whatever the model's dtype.
+    """Cosines and sines for `positions` (..., T): two tensors (..., T, H/2), fp32 whatever the model's dtype.
 
     bf16 would hold positions exactly only up to 256.
     """
-    angles = positions.float().unsqueeze(1) * rotary_frequencies(cfg, positions.device)  # (T, 1) * (H/2,) -> (T, H/2)
+    angles = positions.float().unsqueeze(-1) * rotary_frequencies(cfg, positions.device)  # (T, 1) * (H/2,) -> (T, H/2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + H/2]) by their angles. x: (B, T, N, H); cos, sin: (T, H/2), fp32; result as x."""
+    """Turn the pairs (x[i], x[i + H/2]) by their angles. x: (B, T, N, H); result as x.
+
+    cos, sin: fp32, (T, H/2), or (B, T, H/2) when rows differ in their positions.
+    """
     first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (T, 1, H/2): the same for every head
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (T, 1, H/2) or (B, T, 1, H/2): the same for every head
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-class CausalAttention(nn.Module):
-    """softmax(q k^T / sqrt(H)) v over the present and the past. It has no parameters, so parallel/ can wrap it."""
-
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        self.dropout = cfg.dropout
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q: (B, T, N, H); k, v: (B, T, K, H) with N a multiple of K. Returns (B, T, N, H)."""
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
-            # On CPU the flash kernel takes grouped heads, 3-7 % quicker than with keys and values repeated.
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        return out.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -108,8 +91,8 @@ class Attention(nn.Module):
         self.k_norm = build_norm(cfg, self.head_dim) if cfg.qk_norm else None
         self.core = CausalAttention(cfg)
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        """x: (B, T, D). Returns (B, T, D)."""
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Mask | None = None) -> Tensor:
+        """x: (B, T, D); mask: as CausalAttention takes it. Returns (B, T, D)."""
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (B, T, D) -> (B, T, N, H)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (B, T, D) -> (B, T, K, H)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, D) -> (B, T, K, H)
@@ -117,7 +100,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.wo(self.core(q, k, v).flatten(2))  # (B, T, N, H) -> (B, T, N * H) -> (B, T, D)
+        return self.wo(self.core(q, k, v, mask).flatten(2))  # (B, T, N, H) -> (B, T, N * H) -> (B, T, D)
 
 
 class SwiGLU(nn.Module):
@@ -156,9 +139,12 @@ class Block(nn.Module):
         self.mlp_norm = build_norm(cfg, cfg.d_model)
         self.mlp = SwiGLU(cfg) if cfg.mlp == "swiglu" else GeluMLP(cfg)
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        """x: (B, T, D); cos, sin: from rotary_tables, or None with learned positions. Returns (B, T, D)."""
-        x = x + F.dropout(self.attn(self.attn_norm(x), cos, sin), self.dropout, self.training)
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Mask | None = None) -> Tensor:
+        """x: (B, T, D); cos, sin: as rotate takes them, or None with learned positions; mask: as CausalAttention does.
+
+        Returns (B, T, D).
+        """
+        x = x + F.dropout(self.attn(self.attn_norm(x), cos, sin, mask), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
 
@@ -190,12 +176,15 @@ class Transformer(nn.Module):
         self.norm = build_norm(cfg, cfg.d_model)
         self.head = Head(cfg, self.embed.weight if cfg.tie_embeddings else None)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """tokens: (B, T) int64 with T <= cfg.seq_len; targets: (B, T) int64, -100 where a token does not count.
 
+        documents: (B, T) int, which document of its row each token belongs to, never decreasing along a row. Attention
+        then stays within documents and positions restart with each, so that a document gives the same as in a row of
+        its own. None: each row is one document. Targets across documents count unless they are set to -100.
         Returns logits (B, T, V); with targets, the sum of the cross-entropies in nats, a fp32 scalar. The sum and not
         the mean, so that micro-batches and ranks with different numbers of counted tokens can be added up.
-        Raises ValueError when T exceeds cfg.seq_len.
+        Raises ValueError when T exceeds cfg.seq_len, and for documents of another shape than tokens or no integers.
         """
         T = tokens.shape[1]
         if self.cfg.seq_len < T:
@@ -204,6 +193,11 @@ class Transformer(nn.Module):
                 f"cut them, or build the model with seq_len {T} or more"
             )
         positions = torch.arange(T, device=tokens.device)
+        mask = None
+        if documents is not None:
+            _check_documents(documents, tokens)
+            positions = positions_in_documents(documents)  # (T,) -> (B, T)
+            mask = document_mask(documents, flex_serves(self.cfg, T, tokens.device, self.training))
         cos = sin = None
         x = self.embed(tokens)  # (B, T) -> (B, T, D)
         if self.pos_embed is not None:
@@ -212,7 +206,7 @@ class Transformer(nn.Module):
             cos, sin = rotary_tables(self.cfg, positions)
         x = F.dropout(x, self.cfg.dropout, self.training)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, mask)
         return self.head(self.norm(x), targets)
 
     @torch.no_grad()
@@ -235,3 +229,11 @@ class Transformer(nn.Module):
         if self.cfg.tie_embeddings:
             self.head.weight = self.embed.weight
         return self
+
+
+def _check_documents(documents: Tensor, tokens: Tensor) -> None:
+    if documents.shape != tokens.shape or documents.is_floating_point() or documents.dtype == torch.bool:
+        raise ValueError(
+            f"documents are {tuple(documents.shape)} of {documents.dtype}; expected one integer for each of the tokens "
+            f"{tuple(tokens.shape)}: the number of its document within the row"
+        )

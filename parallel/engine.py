@@ -78,9 +78,9 @@ class Engine:
         finally:
             self.ds.train()
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the token losses in nats, fp32; tokens and targets are (B, T) on the device."""
-        return self.ds(tokens, targets)
+    def forward(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Sum of the token losses in nats, fp32; all are (B, T) on the device, documents as Transformer.forward's."""
+        return self.ds(tokens, targets, documents)
 
     def backward(self, loss_sum: Tensor, n_targets: int) -> None:
         """Add this micro-batch's share of the gradient of the mean over `n_targets`, the targets of the whole step.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from parallel.config import ParallelConfig
 
 # What selective keeps: results that are dear to compute again. Everything else of a block (norms, rotations,
-# activation functions, products) is cheap and is recomputed.
+# activation functions, products) is cheap and is recomputed. A mask of documents takes attention to one of the same
+# kernels, or, where none takes the mask (grouped heads on CUDA), to products, of which the dear ones are here too.
+# FlexAttention is recomputed: compiled, it is no single operation that a mode could see.
 _DEAR = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -29,6 +32,18 @@ _DEAR = {
 }
 
 
+def _is_dear(func: Any, args: tuple, kwargs: dict | None) -> bool:
+    """Whether selective keeps what this call returns.
+
+    Not when it draws dropout itself, as attention on CUDA does: to skip it would leave the random generator behind, and
+    the dropout after it would draw other numbers than in the first forward.
+    """
+    if func not in _DEAR:
+        return False
+    names = (argument.name for argument in func._schema.arguments)
+    return not {**dict(zip(names, args, strict=False)), **(kwargs or {})}.get("dropout_p")
+
+
 class _Kept:
     """The results of one dear operation, and whether they still are what it returned."""
 
@@ -38,18 +53,31 @@ class _Kept:
         self.overwritten = False
 
 
-class _Keep(TorchDispatchMode):
-    """First forward: keep the results of dear operations, in order."""
+class _Mode(TorchDispatchMode):
+    """What both modes share. Under a mode that did not say so, compiled functions would fall back to running eagerly,
+    which for FlexAttention means all scores in memory, and operators of a higher order would be refused.
+    """
+
+    supports_higher_order_operators = True
 
     def __init__(self, kept: dict[Any, deque]) -> None:
         super().__init__()
         self.kept = kept
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+
+class _Keep(_Mode):
+    """First forward: keep the results of dear operations, in order."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in _DEAR:
+        if _is_dear(func, args, kwargs):
             self.kept[func].append(_Kept(out))
-        elif func._schema.is_mutable:  # such as ZeRO 3's `output += bias` on the result of a product
+        elif not isinstance(func, HigherOrderOperator) and func._schema.is_mutable:
+            # Such as ZeRO 3's `output += bias` on the result of a product.
             named = zip(func._schema.arguments, args, strict=False)
             written = [value for spec, value in named if spec.alias_info is not None and spec.alias_info.is_write]
             storages = {t.untyped_storage().data_ptr() for t in tree_leaves(written) if isinstance(t, Tensor)}
@@ -59,19 +87,15 @@ class _Keep(TorchDispatchMode):
         return out
 
 
-class _Reuse(TorchDispatchMode):
+class _Reuse(_Mode):
     """Recomputation: hand out the kept results instead of computing them; what was overwritten since is computed.
 
     torch's own selective checkpointing counts every operation and gives up under ZeRO 3, whose hooks gather and cut
     weights differently the second time; here only dear ones count, and gathering has none.
     """
 
-    def __init__(self, kept: dict[Any, deque]) -> None:
-        super().__init__()
-        self.kept = kept
-
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in _DEAR:
+        if _is_dear(func, args, kwargs):
             entry = self.kept[func].popleft()
             if not entry.overwritten:
                 return entry.result

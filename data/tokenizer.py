@@ -1,30 +1,53 @@
-"""SentencePiece tokenizers that lose nothing: decode(encode(text)) == text for every text that UTF-8 can hold.
+"""Tokenizers: the folder's kind decides which library reads it; SentencePiece's are trained here and lose nothing.
 
-A tokenizer folder holds tokenizer.model (SentencePiece's own file) and tokenizer_config.json (ours: kind, vocab_size,
-fingerprint, how it was trained). No normalisation, no prefix space, no space removed; what the vocabulary lacks is
-written as bytes. Newlines are ordinary characters, so that pieces such as ":\\n" are learned: on Python source and 8192
-pieces this gives 7 % more bytes a token than a newline symbol, and pieces that may mix scripts another 12 %.
+A SentencePiece folder holds tokenizer.model (SentencePiece's own file) and tokenizer_config.json (ours: kind,
+vocab_size, fingerprint, how it was trained). decode(encode(text)) == text for every text that UTF-8 can hold: no
+normalisation, no prefix space, no space removed; what the vocabulary lacks is written as bytes. Newlines are ordinary
+characters, so that pieces such as ":\\n" are learned: on Python source and 8192 pieces this gives 7 % more bytes a token
+than a newline symbol, and pieces that may mix scripts another 12 %.
 """
 
 import heapq
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import numpy as np
 import sentencepiece
 import xxhash
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
-from data.errors import DataError
+from data.bulk_encode import Bulk, BulkEncoder, Encoder, Gigatoken, Ids, Unsupported
+from data.hf_tokenizer import JSON_FILE, HuggingFaceTokenizer
+from data.tokenizer_base import (
+    CONFIG_FILE,
+    Quality,
+    TokenizerBase,
+    TokenizerError,
+    as_json,
+    measure,
+    read_config,
+    surrogate_error,
+    write_folder,
+)
+
+__all__ = [
+    "Quality",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "TokenizerConfig",
+    "TokenizerError",
+    "load_tokenizer",
+    "measure",
+    "train",
+]
 
 MODEL_FILE = "tokenizer.model"
-CONFIG_FILE = "tokenizer_config.json"
 
 _SPACE_MARK = "\u2581"  # SentencePiece's stand-in for a space; in a text of its own it must go through its bytes
 _RESERVED = re.compile("[\u2581\u2585]")  # training text with U+2585 is left out, U+2581 is taken for a space
@@ -32,41 +55,108 @@ _ENCODE_CHARS = 2**20  # longer runs are encoded in stretches, some 200 bytes of
 _TRAIN_THREADS = 4  # fixed: unigram's sums, so its pieces, depend on it; the model file records it
 
 
-class TokenizerError(DataError):
-    """A tokenizer that cannot be trained or loaded, or a text that has no UTF-8 form."""
-
-
 class TokenizerConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Which tokenizer a corpus is prepared with: one trained on the corpus, or an existing one."""
 
-    kind: Literal["sentencepiece"] = "sentencepiece"
-    model_type: Literal["bpe", "unigram"] = "bpe"
-    vocab_size: Annotated[int, Field(ge=260, le=2**20)] = 8192  # with 256 bytes and 3 control tokens; exactly this many
+    kind: Literal["sentencepiece", "huggingface"] = "sentencepiece"  # huggingface: a folder with tokenizer.json; path
+    model_type: Literal["bpe", "unigram", "char"] = "bpe"  # of SentencePiece
+    # exactly this many ids: with 256 bytes and 3 control tokens, or with the added tokens of Hugging Face's
+    vocab_size: Annotated[int, Field(ge=260, le=2**20)] = 8192
     # UTF-8 bytes of text to train on at most, drawn evenly; unigram needs some 6 s and BPE 0.3 s a MiB
     train_bytes: Annotated[int, Field(ge=2**16)] = 16 * 2**20
     # share of the training text's characters that get a piece of their own; the rarer ones are written as bytes
     character_coverage: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.9995
     split_digits: bool = True  # every digit a token of its own
     path: str | None = None  # folder of an existing tokenizer to use; nothing is trained then
+    eos_token: str | None = None  # huggingface: the token that ends a document, where its own config names none
+    bulk: Bulk = "auto"  # auto: encode with gigatoken where its ids are proved equal; reference: never
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "huggingface" and self.path is None:
+            raise ValueError("kind huggingface needs path, the folder with its tokenizer.json; nothing is trained")
+        if self.kind != "huggingface" and self.eos_token is not None:
+            raise ValueError(f"eos_token={self.eos_token!r} is for kind huggingface; a SentencePiece model has </s>")
+        return self
 
 
-class Tokenizer:
-    """Text to ids and back. Made by Tokenizer.load or train."""
+class Tokenizer(Protocol):
+    """What a tokenizer of either kind offers; data/tokenizer_base.py says what each part does."""
 
-    def __init__(self, folder: Path, processor: Any, fingerprint: str) -> None:
+    folder: Path
+    fingerprint: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    pad_id: int | None
+
+    @property
+    def bulk(self) -> str: ...
+    def encode(self, text: str) -> Ids: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]: ...
+    def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str: ...
+    def unknowns(self, ids: Sequence[int] | NDArray[np.integer]) -> int: ...
+    def save(self, folder: str | Path) -> None: ...
+
+    @staticmethod
+    def load(folder: str | Path, bulk: Bulk = "auto") -> "Tokenizer":
+        """load_tokenizer of a folder that says itself what ends a document."""
+        return load_tokenizer(folder, bulk)
+
+
+def load_tokenizer(folder: str | Path, bulk: Bulk = "auto", eos_token: str | None = None) -> Tokenizer:
+    """The tokenizer of a folder: one that train or save wrote, or a plain Hugging Face one with tokenizer.json.
+
+    eos_token: for a Hugging Face folder, the token that ends a document; None for the one that its config names.
+    Raises TokenizerError when the folder or a file is missing or broken, or the tokenizer is not the one written.
+    """
+    folder = Path(folder)
+    config = folder / CONFIG_FILE
+    kind = read_config(config).get("kind") if config.is_file() else None
+    if kind == "huggingface" or (kind is None and (folder / JSON_FILE).is_file()):
+        return HuggingFaceTokenizer.load(folder, bulk, eos_token)
+    if kind not in (None, "sentencepiece"):
+        raise TokenizerError(f"{config} has kind {kind!r}; 'sentencepiece' and 'huggingface' can be loaded")
+    if eos_token is not None:
+        raise TokenizerError(
+            f"data.tokenizer.eos_token={eos_token!r}, but {folder} holds no Hugging Face tokenizer; leave it out"
+        )
+    return SentencePieceTokenizer.load(folder, bulk)
+
+
+def open_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
+    """The existing tokenizer that cfg.path names. Raises TokenizerError, also when it is of another kind than said."""
+    assert cfg.path is not None, "only called for an existing tokenizer"
+    tokenizer = load_tokenizer(cfg.path, cfg.bulk, cfg.eos_token)
+    if (kind := "huggingface" if isinstance(tokenizer, HuggingFaceTokenizer) else "sentencepiece") != cfg.kind:
+        raise TokenizerError(
+            f"data.tokenizer.kind={cfg.kind}, but {cfg.path} holds a {kind} tokenizer; say kind: {kind}"
+        )
+    return tokenizer
+
+
+class SentencePieceTokenizer(TokenizerBase):
+    """A SentencePiece model. Made by load or train."""
+
+    def __init__(self, folder: Path, processor: Any, fingerprint: str, model_type: str, bulk: Bulk) -> None:
         self.folder = folder
-        self.fingerprint = fingerprint  # xxh3-64 of tokenizer.model, in hexadecimal
+        self.model_type = model_type
+        self.fingerprint = fingerprint  # xxh3-64 of tokenizer.model
         self._processor = processor
-        self.vocab_size: int = processor.get_piece_size()
-        self.bos_id: int = processor.bos_id()
-        self.eos_id: int = processor.eos_id()
-        self.pad_id: int | None = processor.pad_id() if processor.pad_id() >= 0 else None
+        self.vocab_size = processor.get_piece_size()
+        self.bos_id = processor.bos_id()
+        self.eos_id = processor.eos_id()
+        self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else None
+        self._unknown_ids = np.array(
+            [processor.unk_id(), *(i for i in range(self.vocab_size) if processor.is_byte(i))], dtype=np.int32
+        )
         self._space_mark_ids = np.array(
             [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()], dtype=np.int32
         )
+        self._bulk = BulkEncoder(self._encode_all, self._build_bulk, bulk)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Tokenizer":
+    def load(cls, folder: str | Path, bulk: Bulk = "auto") -> "SentencePieceTokenizer":
         """Raises TokenizerError when the folder or a file is missing or broken, or the model is not the one written."""
         folder = Path(folder)
         model, config = folder / MODEL_FILE, folder / CONFIG_FILE
@@ -74,105 +164,172 @@ class Tokenizer:
             if not file.is_file():
                 raise TokenizerError(
                     f"{file} does not exist; a tokenizer folder holds {MODEL_FILE} and {CONFIG_FILE}, as "
-                    "launcher/prepare.py writes them to CORPUS/tokenizer"
+                    f"launcher/prepare.py writes them to CORPUS/tokenizer, or a Hugging Face tokenizer's {JSON_FILE}"
                 )
+        recorded = read_config(config)
         try:
-            recorded = json.loads(config.read_bytes())
-            kind, fingerprint, vocab_size = recorded["kind"], recorded["fingerprint"], recorded["vocab_size"]
-        except (ValueError, KeyError, TypeError) as error:
+            fingerprint, vocab_size = recorded["fingerprint"], recorded["vocab_size"]
+            model_type = recorded["training"]["model_type"]
+        except (KeyError, TypeError) as error:
             raise TokenizerError(f"{config} is damaged ({error!r}); restore the folder or train again") from None
-        if kind != "sentencepiece":
-            raise TokenizerError(f"{config} has kind {kind!r}; only 'sentencepiece' can be loaded")
         payload = model.read_bytes()
         if (found := xxhash.xxh3_64_hexdigest(payload)) != fingerprint:
             raise TokenizerError(
                 f"{model} has fingerprint {found}, {CONFIG_FILE} says {fingerprint}: it was changed or damaged; "
                 "restore the folder or train again"
             )
-        tokenizer = cls(folder, _processor(payload), fingerprint)
+        tokenizer = cls(folder, _processor(payload), fingerprint, model_type, bulk)
         if tokenizer.vocab_size != vocab_size:
             raise TokenizerError(
                 f"{model} has {tokenizer.vocab_size} pieces, {CONFIG_FILE} says {vocab_size!r}; restore the folder"
             )
         return tokenizer
 
-    def encode(self, text: str) -> NDArray[np.int32]:
-        """The ids of text, (n,); no control token is added, and text that looks like one ("</s>") stays text.
-
-        Raises TokenizerError for a lone surrogate, which UTF-8 cannot hold.
-        """
-        if len(text) <= _ENCODE_CHARS and _SPACE_MARK not in text:
-            return self._encode_stretch(text)
-        parts: list[NDArray[np.int32]] = []
-        begin = 0
-        for number, run in enumerate(text.split(_SPACE_MARK)):
-            if number:
-                parts.append(self._space_mark_ids)
-            for start in range(0, len(run), _ENCODE_CHARS):
-                parts.append(self._encode_stretch(run[start : start + _ENCODE_CHARS], begin + start))
-            begin += len(run) + 1
-        return np.concatenate(parts)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """encode for each text."""
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
-        """The text of ids; control tokens have none. Raises TokenizerError for an id outside range(vocab_size)."""
-        array = np.asarray(ids)
-        if not array.size:
-            return ""
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise TokenizerError(f"ids are {array.dtype} of shape {array.shape}; expected one dimension of integers")
-        if not 0 <= int(array.min()) <= int(array.max()) < self.vocab_size:
-            raise TokenizerError(f"ids from {array.min()} to {array.max()}; expected ids in range({self.vocab_size})")
-        text: str = self._processor.decode(array.tolist())
-        return text
+    def encode(self, text: str) -> Ids:
+        parts = self._cut(text)
+        if len(parts) == 1:
+            return self._encode_part(text)
+        encoded, begin = [], 0
+        for part in parts:
+            encoded.append(self._encode_part(part, begin))
+            begin += len(part)
+        return np.concatenate(encoded)
 
     def save(self, folder: str | Path) -> None:
-        """Copy this tokenizer to a new folder."""
-        _write_folder(
-            Path(folder), (self.folder / MODEL_FILE).read_bytes(), json.loads((self.folder / CONFIG_FILE).read_bytes())
-        )
+        write_folder(Path(folder), {name: (self.folder / name).read_bytes() for name in (MODEL_FILE, CONFIG_FILE)})
 
-    def _encode_stretch(self, text: str, begin: int = 0) -> NDArray[np.int32]:
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._processor.decode(ids)
+        return text
+
+    def _encode_part(self, part: str, begin: int = 0) -> Ids:
+        if part == _SPACE_MARK:
+            return self._space_mark_ids
         try:
-            payload = text.encode("utf-8")
+            payload = part.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"character {begin + error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}, not"
-                " UTF-8; repair the text, for example with text.encode('utf-16', 'surrogatepass').decode('utf-16')"
-            ) from None
-        ids: NDArray[np.int32] = self._processor.encode_as_numpy(payload)
+            raise surrogate_error(part, error, begin) from None
+        ids: Ids = self._processor.encode_as_numpy(payload)
         return ids
 
+    def _encode_all(self, texts: Sequence[str]) -> list[Ids]:
+        """encode for each text. SentencePiece takes a list of them in one call: 1.4 times as fast for short ones."""
 
-def train(texts: Iterable[str], folder: str | Path, cfg: TokenizerConfig) -> Tokenizer:
-    """Train on at most cfg.train_bytes of texts and write the tokenizer folder. The same texts give the same bytes.
+        def encode(parts: Sequence[str]) -> list[Ids]:
+            payloads = [part.encode("utf-8") for part in parts]
+            ids: list[Ids] = self._processor.encode_as_numpy(payloads, num_threads=1)
+            return ids
 
-    texts is read once and never held whole: stretches of some 4,096 characters are drawn from all of it with equal
-    chance.
+        try:
+            return self._by_parts(texts, encode)
+        except UnicodeEncodeError:
+            return [self.encode(text) for text in texts]  # which says what is wrong
+
+    def _build_bulk(self) -> Encoder:
+        if self.model_type != "bpe":
+            raise Unsupported(f"it has no SentencePiece {self.model_type} models")
+        return partial(self._by_parts, encode=Gigatoken(_bpe_as_json(self._processor)))
+
+    def _by_parts(self, texts: Sequence[str], encode: Encoder) -> list[Ids]:
+        """encode for the parts of the texts, put together again."""
+        if all(len(text) <= _ENCODE_CHARS and _SPACE_MARK not in text for text in texts):
+            return encode(texts)
+        cuts = [self._cut(text) for text in texts]
+        encoded = iter(encode([part for parts in cuts for part in parts]))
+        ids = []
+        for parts in cuts:
+            found = islice(encoded, len(parts))
+            whole = [self._space_mark_ids if part == _SPACE_MARK else part_ids
+                     for part, part_ids in zip(parts, found, strict=True)]  # fmt: skip
+            ids.append(whole[0] if len(whole) == 1 else np.concatenate(whole))
+        return ids
+
+    @staticmethod
+    def _cut(text: str) -> list[str]:
+        """The parts of text that are encoded one by one: itself, if it is not too long and has no space mark in it."""
+        if len(text) <= _ENCODE_CHARS and _SPACE_MARK not in text:
+            return [text]
+        parts: list[str] = []
+        for number, run in enumerate(text.split(_SPACE_MARK)):
+            if number:
+                parts.append(_SPACE_MARK)
+            parts += [run[start : start + _ENCODE_CHARS] for start in range(0, len(run), _ENCODE_CHARS)]
+        return parts
+
+
+def _bpe_as_json(processor: Any) -> str:
+    """A SentencePiece BPE model in the form of a Hugging Face tokenizer.json.
+
+    SentencePiece merges the neighbours whose joined piece has the highest score, the leftmost of equal ones; in the
+    other form each pair of parts has a rank of its own. So all the ways to part a piece follow one another, and of two
+    that can compete for the same middle part ("ab" + "aba" and "aba" + "ba" for "ababa") the leftmost comes first.
+    """
+    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    normal = {
+        piece
+        for i, piece in enumerate(pieces)
+        if not (processor.is_byte(i) or processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i))
+    }
+    ranked = sorted(range(len(pieces)), key=processor.get_score, reverse=True)
+    merges = [pair for i in ranked if pieces[i] in normal for pair in _partings(pieces[i], normal)]
+    model = {
+        "type": "BPE",
+        "unk_token": pieces[processor.unk_id()],
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "vocab": {piece: i for i, piece in enumerate(pieces)},
+        "merges": merges,
+    }
+    normalizer = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE_MARK}
+    return json.dumps({"version": "1.0", "added_tokens": [], "normalizer": normalizer, "model": model})
+
+
+def _partings(piece: str, normal: set[str]) -> list[tuple[str, str]]:
+    """The ways to part piece into two of the normal pieces, those first that win over another from the left."""
+    n = len(piece)
+
+    def order(cut: int) -> tuple[int, bool]:
+        short, long = min(cut, n - cut), max(cut, n - cut)
+        short_wins = piece.startswith(piece[short:]) and not piece.startswith(piece[long:])
+        return short, (cut == short) != short_wins
+
+    cuts = [cut for cut in range(1, n) if piece[:cut] in normal and piece[cut:] in normal]
+    return [(piece[:cut], piece[cut:]) for cut in sorted(cuts, key=order)]
+
+
+def train(
+    texts: Sequence[tuple[Iterable[str], int]], folder: str | Path, cfg: TokenizerConfig
+) -> SentencePieceTokenizer:
+    """Train on a sample of several streams and write the tokenizer folder. The same texts give the same bytes.
+
+    texts: (stream, bytes): at most so many bytes of a stream, UTF-8, make up its share of the sample. The bytes of all
+    add up to cfg.train_bytes. Each stream is read once and never held whole: stretches of some 4,096 characters are
+    drawn from all of it with equal chance. A stream with less text than its share gives all of it, and no other more.
     Raises TokenizerError when folder exists, or the texts do not allow for the vocabulary asked for.
     """
+    if (total := sum(limit for _, limit in texts)) != cfg.train_bytes:
+        raise TokenizerError(
+            f"the streams' shares add up to {total} bytes, train_bytes is {cfg.train_bytes}; make them equal"
+        )
     folder = Path(folder)
     if folder.exists():
         raise TokenizerError(f"{folder} exists; a tokenizer is never overwritten: delete it or choose another folder")
-    sample = _draw(texts, cfg.train_bytes)
+    sample = [stretch for stream, limit in texts for stretch in _draw(stream, limit)]
     if not sample:
-        raise TokenizerError("there is no text to train a tokenizer on; check data.source")
+        raise TokenizerError("there is no text to train a tokenizer on; check data.sources")
     payload = _train_model(sample, cfg)
     config = {
         "kind": cfg.kind,
         "vocab_size": cfg.vocab_size,
         "fingerprint": xxhash.xxh3_64_hexdigest(payload),
         "training": {
-            **cfg.model_dump(exclude={"kind", "vocab_size", "path"}),
+            **cfg.model_dump(include={"model_type", "train_bytes", "character_coverage", "split_digits"}),
             "sampled_bytes": sum(len(stretch.encode()) for stretch in sample),
             "sentencepiece": sentencepiece.__version__,
         },
     }
-    _write_folder(folder, payload, config)
-    return Tokenizer.load(folder)
+    write_folder(folder, {MODEL_FILE: payload, CONFIG_FILE: as_json(config)})
+    return SentencePieceTokenizer.load(folder, cfg.bulk)
 
 
 def _draw(texts: Iterable[str], limit: int) -> list[str]:
@@ -232,7 +389,10 @@ def _train_model(sample: list[str], cfg: TokenizerConfig) -> bytes:
         )
     except RuntimeError as error:
         raise TokenizerError(_explain(str(error), cfg)) from error
-    return b"".join(collected)
+    payload = b"".join(collected)
+    if (found := _processor(payload).get_piece_size()) != cfg.vocab_size:  # a char model takes what there is, silently
+        raise TokenizerError(_explain(f"Vocabulary size too high, <= {found}", cfg))
+    return payload
 
 
 def _explain(message: str, cfg: TokenizerConfig) -> str:
@@ -250,17 +410,3 @@ def _explain(message: str, cfg: TokenizerConfig) -> str:
 
 def _processor(payload: bytes) -> Any:
     return sentencepiece.SentencePieceProcessor(model_proto=payload)
-
-
-def _write_folder(folder: Path, payload: bytes, config: dict[str, Any]) -> None:
-    """Both files under a staging name, on disk, then renamed: the folder is whole or absent."""
-    staging = folder.with_name(folder.name + ".tmp")
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-    for name, content in ((MODEL_FILE, payload), (CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())):
-        with open(staging / name, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-    os.rename(staging, folder)

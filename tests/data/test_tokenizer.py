@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data import tokenizer as module
-from data.tokenizer import CONFIG_FILE, MODEL_FILE, Tokenizer, TokenizerConfig, TokenizerError, train
+from data.tokenizer import MODEL_FILE, Tokenizer, TokenizerConfig, TokenizerError, load_tokenizer, open_tokenizer, train
+from data.tokenizer_base import CONFIG_FILE, Quality, measure, write_folder
 
 SMALL = TokenizerConfig(vocab_size=400, train_bytes=2**16)
+VOCAB_SIZES = {"bpe": 1000, "unigram": 1000, "char": 340}
 
 # what SentencePiece treats apart, what it drops in other settings, and what real text is made of
 AWKWARD = [
@@ -50,6 +52,16 @@ AWKWARD += [
 TEXTS = st.lists(st.sampled_from(AWKWARD) | st.text(max_size=8), max_size=12).map("".join)
 
 
+@pytest.fixture(scope="module", params=VOCAB_SIZES)
+def tokenizer(request, texts, tmp_path_factory):
+    cfg = TokenizerConfig(model_type=request.param, vocab_size=VOCAB_SIZES[request.param], train_bytes=2**18)
+    return train([(texts, 2**18)], tmp_path_factory.mktemp("tokenizers") / request.param, cfg)
+
+
+def train_one(texts, folder, cfg):
+    return train([(texts, cfg.train_bytes)], folder, cfg)
+
+
 @settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS)
 @example("".join(AWKWARD))
@@ -80,10 +92,16 @@ def test_real_files_come_back_and_compress(tokenizer, texts):
     encoded = tokenizer.encode_batch(texts)
     assert [tokenizer.decode(ids) for ids in encoded] == texts
     n_bytes = sum(len(text.encode()) for text in texts)
-    assert n_bytes / sum(map(len, encoded)) > 2.5  # bytes alone give 1; 1000 pieces gave 2.7 here
+    least = {"bpe": 2.5, "unigram": 2.5, "char": 0.99}[tokenizer.model_type]  # bytes give 1; 1000 pieces gave 2.7 here
+    assert n_bytes / sum(map(len, encoded)) > least
 
 
 def test_indentation_and_ends_of_lines_are_cheap(tokenizer):
+    if tokenizer.model_type == "char":
+        assert (
+            len(tokenizer.encode("    中\n")) == 4 + 3 + 1
+        )  # what it is for: a character is a token, or its bytes are
+        return
     assert len(tokenizer.encode("        ")) <= 2
     pieces = tokenizer._processor
     assert any("\n" in pieces.id_to_piece(i) and len(pieces.id_to_piece(i)) > 1 for i in range(tokenizer.vocab_size))
@@ -91,14 +109,15 @@ def test_indentation_and_ends_of_lines_are_cheap(tokenizer):
 
 def test_digits_are_tokens_of_their_own_when_asked(texts, tmp_path):
     numbers = [f"{text}\n{'2024 ' * 500}" for text in texts[:4]]
-    split = train(numbers, tmp_path / "split", SMALL)
-    whole = train(numbers, tmp_path / "whole", SMALL.model_copy(update={"split_digits": False}))
+    split = train_one(numbers, tmp_path / "split", SMALL)
+    whole = train_one(numbers, tmp_path / "whole", SMALL.model_copy(update={"split_digits": False}))
     assert len(split.encode("2024")) == 4
     assert len(whole.encode("2024")) < 4
 
 
 def test_control_tokens(tokenizer):
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1000, 1, 2, None)
+    assert tokenizer.vocab_size == VOCAB_SIZES[tokenizer.model_type]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, None)
     assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("a b"), tokenizer.eos_id]) == "a b"
 
 
@@ -112,7 +131,7 @@ def test_lone_surrogate_is_refused(tokenizer):
 @pytest.mark.parametrize(
     ("ids", "match"),
     [
-        ([1000], r"ids from 1000 to 1000; expected ids in range\(1000\)"),
+        ([5000], r"ids from 5000 to 5000; expected ids in range\((1000|340)\)"),
         (np.array([-1, 5]), "ids from -1 to 5"),
         ([0.5], "ids are float64"),
         ([[1, 2]], r"shape \(1, 2\)"),
@@ -126,11 +145,11 @@ def test_decode_refuses(tokenizer, ids, match):
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.mark.parametrize("model_type", VOCAB_SIZES)
 def test_training_gives_the_same_bytes_twice(texts, tmp_path, model_type):
-    cfg = SMALL.model_copy(update={"model_type": model_type})
+    cfg = SMALL.model_copy(update={"model_type": model_type, "vocab_size": 340 if model_type == "char" else 400})
     for name in ("a", "b"):
-        train(iter(texts), tmp_path / name, cfg)
+        train_one(iter(texts), tmp_path / name, cfg)
     for file in (MODEL_FILE, CONFIG_FILE):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
@@ -165,7 +184,7 @@ def test_stretches_end_at_newlines_and_lose_nothing():
 
 def test_text_with_reserved_characters_is_learned_from(tmp_path):
     """SentencePiece drops a whole training sentence with U+2585; the words beside it must be learned all the same."""
-    tokenizer = train(["zyxwv \u2585 zyxwv\n" * 400], tmp_path / "t", SMALL.model_copy(update={"vocab_size": 270}))
+    tokenizer = train_one(["zyxwv \u2585 zyxwv\n" * 400], tmp_path / "t", SMALL.model_copy(update={"vocab_size": 270}))
     assert len(tokenizer.encode("zyxwv")) <= 2
 
 
@@ -181,14 +200,76 @@ def test_text_with_reserved_characters_is_learned_from(tmp_path):
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_training_refuses(tmp_path, texts, change, match, model_type):
     with pytest.raises(TokenizerError, match=match):
-        train(texts, tmp_path / "t", SMALL.model_copy(update={"model_type": model_type, **change}))
+        train_one(texts, tmp_path / "t", SMALL.model_copy(update={"model_type": model_type, **change}))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_training_never_overwrites(tmp_path):
     (tmp_path / "t").mkdir()
     with pytest.raises(TokenizerError, match="t exists; a tokenizer is never overwritten"):
-        train(["abc"], tmp_path / "t", SMALL)
+        train_one(["abc"], tmp_path / "t", SMALL)
+
+
+def test_char_refuses_more_pieces_than_there_are_characters(tmp_path):
+    """And the number it says is one that it takes."""
+    cfg = SMALL.model_copy(update={"model_type": "char"})
+    with pytest.raises(TokenizerError, match="vocab_size=400 is more than this text allows; use at most 263, or more"):
+        train_one(["abc\n" * 20], tmp_path / "t", cfg)
+    tokenizer = train_one(["abc\n" * 20], tmp_path / "t", cfg.model_copy(update={"vocab_size": 263}))
+    assert len(tokenizer.encode("abcabc\nd")) == 8
+
+
+def test_char_takes_the_most_frequent_characters(tmp_path):
+    cfg = SMALL.model_copy(update={"model_type": "char", "vocab_size": 261})
+    tokenizer = train_one(["aaab" * 20 + "c"], tmp_path / "t", cfg)
+    assert [tokenizer.unknowns(tokenizer.encode(text)) for text in "abc"] == [0, 0, 1]
+
+
+def test_streams_have_shares_of_their_own(tmp_path):
+    """A hundredth of the text and half of the sample: its words are learned as if there were as much of it."""
+    cfg = SMALL.model_copy(update={"train_bytes": 2**17, "vocab_size": 300})
+    large, little = ["lorem ipsum\n" * 100_000], ["中文文本\n" * 5_000]
+    even = train([(large, 2**16), (little, 2**16)], tmp_path / "even", cfg)
+    assert json.loads((tmp_path / "even" / CONFIG_FILE).read_text())["training"]["sampled_bytes"] > 2**17 - 2 * 32768
+    assert len(even.encode("中文文本\n")) <= 2
+    starved = train([(large, 2**17 - 1), (["中"], 1)], tmp_path / "starved", cfg.model_copy(update={"vocab_size": 270}))
+    assert len(starved.encode("中文文本\n")) == 13
+
+
+def test_shares_add_up(tmp_path):
+    with pytest.raises(TokenizerError, match="shares add up to 10 bytes, train_bytes is 65536; make them equal"):
+        train([(["abc"], 4), (["abc"], 6)], tmp_path / "t", SMALL)
+
+
+# -- unknowns and quality ----------------------------------------------------------------------------------------------
+
+
+def test_unknowns_are_the_bytes_of_what_the_vocabulary_lacks(tokenizer):
+    assert tokenizer.unknowns(tokenizer.encode("def f(x):")) == 0
+    assert tokenizer.unknowns(tokenizer.encode("x🧑y")) == 4
+    assert tokenizer.unknowns(tokenizer.encode("\u2581")) == 3
+    assert tokenizer.unknowns([0, tokenizer.eos_id]) == 1
+    assert tokenizer.unknowns([]) == 0
+
+
+def test_quality(tokenizer, texts):
+    chosen = [*texts[:3], "🧑" * 5, ""]
+    found = measure(tokenizer, iter(chosen))
+    encoded = [tokenizer.encode(text) for text in chosen]
+    assert found == Quality(
+        documents=5,
+        bytes=sum(len(text.encode()) for text in chosen),
+        tokens=sum(map(len, encoded)),
+        unknown_tokens=sum(tokenizer.unknowns(ids) for ids in encoded),
+        lossless_documents=5,
+    )
+    assert found.bytes_per_token == found.bytes / found.tokens
+    assert measure(tokenizer, []) == (0, 0, 0, 0, 0)
+
+
+def test_quality_counts_what_is_lost(tokenizer, texts, monkeypatch):
+    monkeypatch.setattr(tokenizer, "_decode", lambda ids: "")
+    assert measure(tokenizer, ["a", "", "b"]).lossless_documents == 1
 
 
 @pytest.mark.parametrize(
@@ -203,11 +284,19 @@ def test_training_never_overwrites(tmp_path):
         {"model_type": "word"},
         {"kind": "other"},
         {"unknown": 1},
+        {"bulk": "fast"},
     ],
 )
 def test_config_refuses(values):
     with pytest.raises(ValidationError):
         TokenizerConfig(**values)
+
+
+def test_config_says_what_a_kind_needs():
+    with pytest.raises(ValidationError, match="kind huggingface needs path"):
+        TokenizerConfig(kind="huggingface")
+    with pytest.raises(ValidationError, match="eos_token='</s>' is for kind huggingface"):
+        TokenizerConfig(eos_token="</s>")
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------
@@ -223,7 +312,7 @@ def test_load_and_save(tokenizer, tmp_path):
     )
     assert copy.encode("def f(x):").tolist() == tokenizer.encode("def f(x):").tolist()
     config = json.loads((tmp_path / "copy" / CONFIG_FILE).read_text())
-    assert (config["kind"], config["vocab_size"]) == ("sentencepiece", 1000)
+    assert (config["kind"], config["vocab_size"]) == ("sentencepiece", tokenizer.vocab_size)
     assert config["training"]["sampled_bytes"] <= config["training"]["train_bytes"] == 2**18
 
 
@@ -241,8 +330,12 @@ def test_load_refuses_a_missing_file(tokenizer, tmp_path, file):
         ("{", "is damaged"),
         ("[]", "is damaged"),
         ('{"kind": "sentencepiece"}', r"is damaged \(KeyError\('fingerprint'\)\)"),
-        ('{"kind": "hf", "fingerprint": "", "vocab_size": 1}', "kind 'hf'; only 'sentencepiece'"),
-        ('{"kind": "sentencepiece", "fingerprint": "00", "vocab_size": 1}', "says 00: it was changed or damaged"),
+        ('{"kind": "sentencepiece", "fingerprint": "", "vocab_size": 1}', r"is damaged \(KeyError\('training'\)\)"),
+        ('{"kind": "hf"}', "kind 'hf'; 'sentencepiece' and 'huggingface' can be loaded"),
+        (
+            '{"kind": "sentencepiece", "fingerprint": "00", "vocab_size": 1, "training": {"model_type": "bpe"}}',
+            "says 00: it was changed or damaged",
+        ),
     ],
 )
 def test_load_refuses_a_broken_config(tokenizer, tmp_path, content, match):
@@ -256,7 +349,7 @@ def test_load_refuses_another_vocabulary(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "t")
     config = json.loads((tmp_path / "t" / CONFIG_FILE).read_text())
     (tmp_path / "t" / CONFIG_FILE).write_text(json.dumps(config | {"vocab_size": 999}))
-    with pytest.raises(TokenizerError, match=r"has 1000 pieces, tokenizer_config.json says 999"):
+    with pytest.raises(TokenizerError, match=r"has \d+ pieces, tokenizer_config.json says 999"):
         Tokenizer.load(tmp_path / "t")
 
 
@@ -267,3 +360,32 @@ def test_load_refuses_a_changed_model(tokenizer, tmp_path):
     (tmp_path / "t" / MODEL_FILE).write_bytes(payload)
     with pytest.raises(TokenizerError, match="it was changed or damaged; restore the folder or train again"):
         Tokenizer.load(tmp_path / "t")
+
+
+def test_load_of_nothing(tmp_path):
+    with pytest.raises(TokenizerError, match=r"tokenizer.model does not exist; .*or a Hugging Face tokenizer's"):
+        load_tokenizer(tmp_path / "absent")
+
+
+def test_eos_token_is_not_for_this_kind(tokenizer):
+    with pytest.raises(TokenizerError, match="eos_token='x', but .* holds no Hugging Face tokenizer; leave it out"):
+        load_tokenizer(tokenizer.folder, eos_token="x")
+
+
+def test_open_takes_the_kind_that_was_said(tokenizer):
+    cfg = TokenizerConfig(path=str(tokenizer.folder), bulk="reference")
+    opened = open_tokenizer(cfg)
+    assert opened.fingerprint == tokenizer.fingerprint
+    assert opened.bulk == "the reference: data.tokenizer.bulk=reference asks for it"
+    with pytest.raises(
+        TokenizerError, match="kind=huggingface, but .* holds a sentencepiece tokenizer; say kind: sent"
+    ):
+        open_tokenizer(cfg.model_copy(update={"kind": "huggingface"}))
+
+
+def test_folder_left_half_written_is_no_obstacle(tmp_path):
+    (tmp_path / "t.tmp").mkdir()
+    (tmp_path / "t.tmp" / "rest").write_text("x")
+    write_folder(tmp_path / "t", {"a": b"1"})
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+    assert [path.name for path in (tmp_path / "t").iterdir()] == ["a"]

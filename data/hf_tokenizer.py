@@ -1,0 +1,162 @@
+"""Hugging Face fast tokenizers: any folder with a tokenizer.json.
+
+transformers reads the folder, so that the vocabulary is the one it would use; the ids come from the tokenizers library
+underneath, without truncation, padding or template, and a special token's name in a text stays text. A saved copy adds
+our fields (kind, fingerprint, vocab_size) to tokenizer_config.json and stays a folder that transformers reads.
+
+Whether decode gives the text back is up to the tokenizer (byte-level BPE: yes; WordPiece: no): measure says how often.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data.bulk_encode import Bulk, BulkEncoder, Encoder, Gigatoken, Ids, without_special_tokens
+from data.tokenizer_base import (
+    CONFIG_FILE,
+    TokenizerBase,
+    TokenizerError,
+    as_json,
+    read_config,
+    surrogate_error,
+    write_folder,
+)
+
+JSON_FILE = "tokenizer.json"
+_KIND = "huggingface"
+# what a copy takes along besides the two that it needs
+_ALSO = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt")
+
+
+class HuggingFaceTokenizer(TokenizerBase):
+    """A tokenizer.json with the special tokens of its folder's config. Made by load."""
+
+    def __init__(self, folder: Path, fast: Any, eos_token: str, bulk: Bulk) -> None:
+        """fast: transformers.PreTrainedTokenizerFast.    eos_token: a token of its vocabulary."""
+        self.folder = folder
+        self.eos_token = eos_token
+        self._backend = fast.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True  # to the library: to be encoded as text
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1  # their number, unless the ids have gaps
+        self.eos_id = vocab[eos_token]
+        self.bos_id = vocab.get(fast.bos_token)
+        self.pad_id = vocab.get(fast.pad_token)
+        unknown = [vocab[fast.unk_token]] if fast.unk_token in vocab else []
+        self._unknown_ids = np.array(unknown + _byte_tokens(self._backend, vocab), dtype=np.int32)
+        self.fingerprint = self._fingerprint(fast)
+        self._bulk = BulkEncoder(self._encode_all, self._build_bulk, bulk)
+
+    @classmethod
+    def load(cls, folder: str | Path, bulk: Bulk = "auto", eos_token: str | None = None) -> "HuggingFaceTokenizer":
+        """eos_token: the token that ends a document; None for the one that the folder names.
+
+        Raises TokenizerError when the folder is not one of a fast tokenizer, would run code of its own, names no token
+        that ends a document, or is a copy that was changed.
+        """
+        folder = Path(folder)
+        if not (folder / JSON_FILE).is_file():
+            raise TokenizerError(
+                f"{folder / JSON_FILE} does not exist; only fast tokenizers can be used. transformers can write one: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER)"
+            )
+        config = read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+        _refuse_remote_code(folder, config)
+        fast = _read(folder)
+        tokenizer = cls(folder, fast, _eos_token(folder, fast, eos_token), bulk)
+        for key, found in (("fingerprint", tokenizer.fingerprint), ("vocab_size", tokenizer.vocab_size)):
+            if config.get("kind") == _KIND and config.get(key) != found:
+                raise TokenizerError(
+                    f"{folder} has {key} {found}, its {CONFIG_FILE} says {config.get(key)}: it was changed or damaged, "
+                    f"or eos_token is another one; restore the folder, or delete {key} there to take it as it is"
+                )
+        return tokenizer
+
+    def encode(self, text: str) -> Ids:
+        try:  # a batch of one: the batch call leaves offsets out, and starts no threads for one text
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        except TypeError:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise surrogate_error(text, error) from None
+            raise
+        return np.array(encoding.ids, dtype=np.int32)
+
+    def save(self, folder: str | Path) -> None:
+        config = read_config(self.folder / CONFIG_FILE) if (self.folder / CONFIG_FILE).is_file() else {}
+        ours = {
+            "kind": _KIND,
+            "fingerprint": self.fingerprint,
+            "vocab_size": self.vocab_size,
+            "eos_token": self.eos_token,
+        }
+        files = {name: (self.folder / name).read_bytes() for name in _ALSO if (self.folder / name).is_file()}
+        files[JSON_FILE] = (self.folder / JSON_FILE).read_bytes()
+        write_folder(Path(folder), files | {CONFIG_FILE: as_json(config | ours)})
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._backend.decode(ids, skip_special_tokens=True)
+        return text
+
+    def _encode_all(self, texts: Sequence[str]) -> list[Ids]:
+        return [self.encode(text) for text in texts]  # not in one call, which would start a thread a core
+
+    def _build_bulk(self) -> Encoder:
+        return Gigatoken(without_special_tokens(self._backend.to_str()))
+
+    def _fingerprint(self, fast: Any) -> str:
+        """Of tokenizer.json, and of what the config adds to it."""
+        settings = {
+            "ids": [self.eos_id, self.bos_id, self.pad_id, self.vocab_size],
+            "add_prefix_space": fast.init_kwargs.get("add_prefix_space"),
+        }
+        return xxhash.xxh3_64_hexdigest((self.folder / JSON_FILE).read_bytes() + json.dumps(settings).encode())
+
+
+def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:
+    model_config = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
+    for name, content in ((CONFIG_FILE, config), ("config.json", model_config)):
+        asks = content.get("auto_map")
+        if isinstance(asks, list) or (isinstance(asks, dict) and "AutoTokenizer" in asks):
+            raise TokenizerError(
+                f"{folder / name} demands code of its own for the tokenizer (auto_map), which is never run; if "
+                f"{JSON_FILE} alone gives the right ids, take AutoTokenizer out of auto_map in a copy of the folder"
+            )
+
+
+def _read(folder: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast  # over a second to import, and most runs need no Hugging Face's
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception for a file that it cannot read
+        raise TokenizerError(
+            f"{folder} cannot be read as a Hugging Face tokenizer: {error}; restore the folder"
+        ) from error
+
+
+def _eos_token(folder: Path, fast: Any, asked: str | None) -> str:
+    token: str | None = asked or fast.eos_token
+    special = [token.content for token in fast.added_tokens_decoder.values() if token.special]
+    choice = f"one of its own, such as {', '.join(map(repr, special[:8]))}" if special else "one of its vocabulary"
+    if token is None:
+        raise TokenizerError(
+            f"the tokenizer in {folder} names no token that ends a document; set data.tokenizer.eos_token to {choice}"
+        )
+    if token not in fast.get_vocab():
+        raise TokenizerError(f"data.tokenizer.eos_token={token!r} is no token of {folder}; set it to {choice}")
+    return token
+
+
+def _byte_tokens(backend: Any, vocab: dict[str, int]) -> list[int]:
+    """The ids of a byte fallback's 256 tokens. A byte-level model has none: there bytes are what it is made of."""
+    if not getattr(backend.model, "byte_fallback", False):
+        return []
+    return [vocab[name] for name in (f"<0x{byte:02X}>" for byte in range(256)) if name in vocab]

@@ -1,0 +1,149 @@
+"""What every tokenizer offers, whatever library made it, and how well it suits a text."""
+
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.bulk_encode import BulkEncoder, Ids
+from data.errors import DataError
+
+CONFIG_FILE = "tokenizer_config.json"
+_MEASURED_CHARS = 2**20  # of text encoded at a time
+
+
+class TokenizerError(DataError):
+    """A tokenizer that cannot be trained or loaded, or a text that has no UTF-8 form."""
+
+
+class TokenizerBase(ABC):
+    """Text to ids and back. A subclass sets what is declared here and its bulk encoder."""
+
+    folder: Path
+    fingerprint: str  # 16 hexadecimal digits: of all that the ids depend on
+    vocab_size: int  # ids are in range(vocab_size)
+    bos_id: int | None
+    eos_id: int
+    pad_id: int | None
+    _bulk: BulkEncoder
+    _unknown_ids: NDArray[np.int32]
+
+    @abstractmethod
+    def encode(self, text: str) -> Ids:
+        """The ids of text, (n,); no control token is added, and text that looks like one ("</s>") stays text.
+
+        Raises TokenizerError for a lone surrogate, which UTF-8 cannot hold.
+        """
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Copy this tokenizer to a new folder."""
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+    @property
+    def bulk(self) -> str:
+        """What encode_batch uses, for a log line: "gigatoken 0.10.0", or "the reference: ..." with the reason."""
+        return self._bulk.describe()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """encode for each text, by a faster library where there is one that gives the same ids (data/bulk_encode.py).
+
+        Raises what encode raises, and BulkEncodeError when ids that were proved equal differ later.
+        """
+        return self._bulk.encode(texts)
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
+        """The text of ids; control tokens have none. Raises TokenizerError for an id outside range(vocab_size)."""
+        array = np.asarray(ids)
+        if not array.size:
+            return ""
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise TokenizerError(f"ids are {array.dtype} of shape {array.shape}; expected one dimension of integers")
+        if not 0 <= int(array.min()) <= int(array.max()) < self.vocab_size:
+            raise TokenizerError(f"ids from {array.min()} to {array.max()}; expected ids in range({self.vocab_size})")
+        return self._decode(array.tolist())
+
+    def unknowns(self, ids: Sequence[int] | NDArray[np.integer]) -> int:
+        """How many of ids stand for what the vocabulary lacks: single bytes of a fallback, or the unknown token."""
+        return int(np.isin(np.asarray(ids, dtype=np.int32), self._unknown_ids).sum())
+
+
+class Quality(NamedTuple):
+    """How a tokenizer does on some documents."""
+
+    documents: int
+    bytes: int  # of UTF-8
+    tokens: int
+    unknown_tokens: int
+    lossless_documents: int  # whose text decode gives back
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / max(self.tokens, 1)
+
+
+def measure(tokenizer: TokenizerBase, texts: Iterable[str]) -> Quality:
+    """Encode and decode texts, which are read once and never held whole."""
+    total = np.zeros(len(Quality._fields), dtype=np.int64)
+    waiting: list[str] = []
+    n_chars = 0
+    for text in texts:
+        waiting.append(text)
+        n_chars += len(text)
+        if n_chars >= _MEASURED_CHARS:
+            total += _measure(tokenizer, waiting)
+            waiting, n_chars = [], 0
+    return Quality(*(total + _measure(tokenizer, waiting)).tolist())
+
+
+def _measure(tokenizer: TokenizerBase, texts: list[str]) -> NDArray[np.int64]:
+    encoded = tokenizer.encode_batch(texts)
+    lossless = sum(tokenizer.decode(ids) == text for text, ids in zip(texts, encoded, strict=True))
+    n_bytes = sum(len(text.encode()) for text in texts)
+    unknown = sum(map(tokenizer.unknowns, encoded))
+    return np.array([len(texts), n_bytes, sum(map(len, encoded)), unknown, lossless], dtype=np.int64)
+
+
+def surrogate_error(text: str, error: UnicodeEncodeError, begin: int = 0) -> TokenizerError:
+    """What to raise for a text without a UTF-8 form. begin: characters of the document before text."""
+    return TokenizerError(
+        f"character {begin + error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}, not"
+        " UTF-8; repair the text, for example with text.encode('utf-16', 'surrogatepass').decode('utf-16')"
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises TokenizerError when it is none."""
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise TokenizerError(f"{path} is damaged ({error!r}); restore the folder or train again") from None
+    if not isinstance(config, dict):
+        raise TokenizerError(f"{path} is damaged (it holds no JSON object); restore the folder or train again")
+    return config
+
+
+def as_json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """All files under a staging name, on disk, then renamed: the folder is whole or absent."""
+    staging = folder.with_name(folder.name + ".tmp")
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    for name, content in files.items():
+        with open(staging / name, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    os.rename(staging, folder)

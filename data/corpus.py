@@ -1,163 +1,213 @@
-"""A prepared corpus: a folder of token shards with a manifest, cut into windows of seq_len + 1 tokens.
+"""One split of one source of a prepared corpus, as numbered windows of seq_len + 1 tokens, wherever its shards lie."""
 
-Window w of a shard covers tokens w * seq_len to (w + 1) * seq_len inclusive: neighbours share one token, the last
-target of one and the first input of the next, so that every token but a shard's first is a target once. Windows never
-cross shards: a shard of n tokens has (n - 1) // seq_len of them, and its tail, seq_len tokens at most, is not read
-(Corpus.tail_tokens says how many in all).
-"""
-
+import os
+import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
 
-from data.errors import DataError
+from data.cache import CacheConfig, Lease, default_folder, file_xxh3
+from data.hf_tokenizer import JSON_FILE
+from data.layout import BestFit, Contiguous, Layout, Span, counts_file, read_counts
+from data.manifest import MANIFEST, CorpusError, Manifest, ShardEntry, SourceEntry, Split, parse_manifest
+from data.order import WindowOrder
 from data.shards import Shard, ShardError, bin_path, idx_path
+from data.store import MissingError, Store, is_url, open_store
+from data.tokenizer import CONFIG_FILE, MODEL_FILE, Tokenizer, load_tokenizer
+from data.tokenizer_base import write_folder
 
-FORMAT_VERSION: Literal[1] = 1
-MANIFEST = "manifest.json"
 REPAIR = "restore it, or run launcher/prepare.py again, which makes missing shards anew"
+TOKENIZER_FILES = (MODEL_FILE, JSON_FILE, CONFIG_FILE)
 MAX_OPEN_SHARDS = 256  # each holds two file descriptors; the usual limit of a process is 1024
-
-Split = Literal["train", "valid"]
-
-
-class CorpusError(DataError):
-    """A folder that is not a whole prepared corpus, or not one of this version."""
+GROUPS_LOCAL = 3  # of a source read from a URL: the one in use, the next, and the first of its held-out split
 
 
-class ShardEntry(BaseModel, frozen=True, extra="forbid"):
-    """One shard as the manifest knows it; hashes are xxh3-64 in hexadecimal."""
+class Piece(NamedTuple):
+    """Consecutive tokens of one document in a window."""
 
-    name: str  # PREFIX of PREFIX.bin and PREFIX.idx in the corpus folder
-    tokens: NonNegativeInt
-    documents: NonNegativeInt
-    bytes: NonNegativeInt  # of the UTF-8 text that the tokens stand for
-    bin_bytes: NonNegativeInt
-    idx_bytes: NonNegativeInt
-    bin_xxh3: str
-    idx_xxh3: str
+    shard: str
+    document: int  # number in the shard
+    first: int  # place of the first token in the document
+    tokens: int
 
 
-class SplitEntry(BaseModel, frozen=True, extra="forbid"):
-    """The shards of one split, in reading order."""
+class Rows(NamedTuple):
+    """Some windows, read."""
 
-    shards: tuple[ShardEntry, ...]
-
-    @property
-    def tokens(self) -> int:
-        return sum(shard.tokens for shard in self.shards)
-
-    @property
-    def documents(self) -> int:
-        return sum(shard.documents for shard in self.shards)
-
-    @property
-    def bytes(self) -> int:
-        return sum(shard.bytes for shard in self.shards)
+    tokens: NDArray[np.int64]  # (n, T + 1)
+    documents: NDArray[np.int32] | None  # (n, T): number of each input's document in its row; None without masking
+    counted: NDArray[np.bool_] | None  # (n, T): whether the target counts; None: all do
 
 
-class TokenizerEntry(BaseModel, frozen=True, extra="forbid"):
-    """The tokenizer that the tokens belong to; its folder is tokenizer/ in the corpus folder."""
+@dataclass(frozen=True)
+class Reading:
+    """How a corpus is to be read: what the meaning of a window number depends on, and where shards are kept."""
 
-    fingerprint: str
-    vocab_size: PositiveInt
-    eos_id: NonNegativeInt
-
-
-class Manifest(BaseModel, frozen=True, extra="forbid"):
-    """manifest.json, written last: a folder without one is not a corpus."""
-
-    format_version: Literal[1] = FORMAT_VERSION
-    tokenizer: TokenizerEntry
-    dtype: str  # of the tokens in the .bin files
-    source: dict[str, str | int]  # what the text came from
-    seed: int  # of the held-out split
-    skipped: dict[str, NonNegativeInt]  # documents left out, by reason
-    splits: dict[Split, SplitEntry]
+    seq_len: int
+    packing: Literal["windows", "best_fit"] = "windows"
+    document_mask: bool = False
+    shuffle_shards: int | None = None  # see data.order.WindowOrder
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
 
-def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a corpus folder. Raises CorpusError when folder or manifest is missing, broken or newer."""
-    folder = Path(folder)
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise CorpusError(
-            f"corpus folder {folder} does not exist; make it with: python launcher/prepare.py --config RECIPE"
-        )
-    if not path.is_file():
-        raise CorpusError(
-            f"{folder} has no {MANIFEST}, so it is not a finished corpus; finish it with: "
-            "python launcher/prepare.py --config RECIPE"
-        )
-    try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if where == "format_version":
+class CorpusFolder:
+    """A prepared corpus, opened: its manifest, and the stores that its sources' shards are read from.
+
+    location: a folder or a URL.    Raises CorpusError when folder or manifest is missing, broken or newer, and
+    StoreError when a URL cannot be read.
+    """
+
+    def __init__(self, location: str | Path, reading: Reading) -> None:
+        self.location, self.reading = str(location), reading
+        self._stores: dict[str, Store] = {}
+        if not is_url(location) and not Path(location).is_dir():
             raise CorpusError(
-                f"{path} has format_version {first['input']!r}, this version reads {FORMAT_VERSION}; "
-                "prepare the corpus again or use the Longhaul version that wrote it"
+                f"corpus folder {location} does not exist; make it with: python launcher/prepare.py --config RECIPE"
+            )
+        try:
+            payload = self._store(self.location).read(MANIFEST)
+        except MissingError:
+            raise CorpusError(
+                f"{location} has no {MANIFEST}, so it is not a finished corpus; finish it with: "
+                "python launcher/prepare.py --config RECIPE"
             ) from None
-        raise CorpusError(
-            f"{path} is damaged ({where + ': ' if where else ''}{first['msg']}); delete the file and run "
-            "launcher/prepare.py again, which keeps the finished shards"
-        ) from None
+        self.manifest = parse_manifest(payload, f"{location}/{MANIFEST}")
+
+    def split(self, source: str | None, split: Split) -> "Corpus":
+        """One split of a source; None: of the only one.
+
+        Raises CorpusError for a source or split that is not there, a missing shard, or one whose size differs from the
+        manifest (of a local folder; a URL's are checked when they are fetched).
+        """
+        manifest = self.manifest
+        if source is None and len(manifest.sources) > 1:
+            raise CorpusError(f"{self.location} has the sources {sorted(manifest.sources)}; name the one to open")
+        name = source or next(iter(manifest.sources))
+        if name not in manifest.sources:
+            raise CorpusError(
+                f"{self.location} has no source {name!r}, only {sorted(manifest.sources)}; prepare it first"
+            )
+        entry = manifest.sources[name]
+        if split not in entry.splits:
+            raise CorpusError(
+                f"{self.location} has no split {split!r} of {name}, only {sorted(entry.splits)}; a held-out split is made "
+                "when data.valid_fraction is above 0"
+            )
+        place = self.location if entry.folder is None else entry.folder
+        if is_url(place):
+            self._check_cache(place)
+        else:
+            _check_sizes(Path(place), entry.splits[split].shards)
+        return Corpus(self._store(place), name, split, manifest, self._layout(name, split), self.reading)
+
+    def tokenizer(self) -> Tokenizer:
+        """The corpus's tokenizer. That of a URL is copied to the cache folder once. Raises TokenizerError, StoreError."""
+        if not is_url(self.location):
+            return load_tokenizer(Path(self.location) / "tokenizer")
+        kept = Path(self.reading.cache.folder or default_folder()) / "tokenizers" / self.manifest.tokenizer.fingerprint
+        if not kept.exists():
+            files = {}
+            for name in TOKENIZER_FILES:
+                with suppress(MissingError):
+                    files[name] = self._store(self.location).read(f"tokenizer/{name}")
+            mine = kept.with_name(f"{kept.name}.{os.getpid()}")
+            write_folder(mine, files)
+            try:
+                os.rename(mine, kept)
+            except OSError:  # another process of this node was quicker
+                shutil.rmtree(mine)
+        return load_tokenizer(kept)
+
+    def close(self) -> None:
+        """End what fetches in the background."""
+        for store in self._stores.values():
+            store.close()
+
+    def _store(self, place: str) -> Store:
+        if place not in self._stores:
+            self._stores[place] = open_store(place, self.reading.cache)
+        return self._stores[place]
+
+    def _check_cache(self, place: str) -> None:
+        reading, remote = self.reading, sum(is_url(e.folder or self.location) for e in self.manifest.sources.values())
+        if reading.shuffle_shards is None:
+            raise CorpusError(
+                f"{place} is read over the network and data.shuffle_shards is not set, so that every shard would be needed "
+                "at all times; set it to the number of shards that are shuffled together, such as 8"
+            )
+        if (needed := GROUPS_LOCAL * reading.shuffle_shards * remote) > reading.cache.shards:
+            raise CorpusError(
+                f"data.shuffle_shards={reading.shuffle_shards} of {remote} sources at a URL needs {needed} shards on local "
+                f"disk ({GROUPS_LOCAL} groups a source), data.cache.shards={reading.cache.shards} allows fewer; raise "
+                "that or lower data.shuffle_shards"
+            )
+
+    def _layout(self, name: str, split: Split) -> Layout:
+        reading, manifest = self.reading, self.manifest
+        if reading.packing == "windows":
+            return Contiguous(manifest.sources[name].splits[split].shards, reading.seq_len, reading.document_mask)
+        file = counts_file(reading.seq_len)
+        try:
+            payload = self._store(self.location).read(file)
+        except MissingError:
+            raise CorpusError(
+                f"{self.location} has no {file}: data.packing=best_fit at this model.seq_len has not been counted yet; run "
+                "launcher/prepare.py with this recipe, which does it in passing"
+            ) from None
+        counts = read_counts(payload, f"{self.location}/{file}", manifest, name, split)
+        return BestFit(counts, reading.seq_len, manifest.tokenizer.eos_id, reading.document_mask)
 
 
 class Corpus:
-    """One split of a prepared corpus as windows of seq_len + 1 tokens. Opening reads the manifest and file sizes."""
+    """One split of one source, as windows. No token is read before a window is asked for."""
 
     def __init__(
-        self, folder: Path, split: Split, seq_len: int, manifest: Manifest, shards: tuple[ShardEntry, ...]
+        self, store: Store, name: str, split: Split, manifest: Manifest, layout: Layout, reading: Reading
     ) -> None:
-        self.folder = folder
-        self.split = split
-        self.seq_len = seq_len
-        self.manifest = manifest
-        self.shards = shards
-        counts = np.array([max(shard.tokens - 1, 0) // seq_len for shard in shards], dtype=np.int64)
-        self._first_window = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])  # (shards + 1,)
+        """Use Corpus.open or CorpusFolder.split."""
+        self.name, self.split, self.seq_len = name, split, reading.seq_len
+        self.store, self.location = store, store.location
+        self.remote = is_url(store.location)
+        self.tokenizer = manifest.tokenizer
+        self.shards = manifest.sources[name].splits[split].shards
+        self.document_mask, self.counts_targets = reading.document_mask, layout.counts_targets
+        self.shards_at_once = reading.shuffle_shards
+        self._layout = layout
+        self._first_window = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(layout.windows_per_block)])
+        self.windows_per_shard = np.bincount(
+            layout.block_shards, weights=layout.windows_per_block, minlength=len(self.shards)
+        ).astype(np.int64)
         self.n_windows = int(self._first_window[-1])
-        self.n_tokens = sum(shard.tokens for shard in shards)
-        self.n_bytes = sum(shard.bytes for shard in shards)
-        self.tail_tokens = sum(
-            shard.tokens - (int(count) * seq_len + 1 if count else 0)
-            for shard, count in zip(shards, counts, strict=True)
-        )
-        self._open: OrderedDict[int, Shard] = OrderedDict()  # least recently used first
+        self.n_tokens = sum(shard.tokens for shard in self.shards)
+        self.n_bytes = sum(shard.bytes for shard in self.shards)
+        self._open: OrderedDict[int, tuple[Shard, Lease]] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()  # a loader's thread and its owner read at the same time
 
     @classmethod
-    def open(cls, folder: str | Path, split: Split, seq_len: int) -> "Corpus":
-        """Open one split.
+    def open(cls, location: str | Path, split: Split, reading: Reading | int, source: str | None = None) -> "Corpus":
+        """One split of a source of the corpus at location. reading: or just the seq_len.  Raises as CorpusFolder does."""
+        if isinstance(reading, int):
+            reading = Reading(reading)
+        if reading.seq_len < 1:
+            raise CorpusError(f"seq_len={reading.seq_len}; expected at least 1")
+        return CorpusFolder(location, reading).split(source, split)
 
-        Raises CorpusError for what read_manifest refuses, a split that is not there, a missing shard, or one whose
-        size differs from the manifest. The contents are checked by verify() alone.
-        """
-        if seq_len < 1:
-            raise CorpusError(f"seq_len={seq_len}; expected at least 1")
-        manifest = read_manifest(folder)
-        if split not in manifest.splits:
+    def order(self, seed: int) -> WindowOrder:
+        """In which order the windows are read. Raises CorpusError when there is none."""
+        if not self.n_windows:
             raise CorpusError(
-                f"{folder} has no split {split!r}, only {sorted(manifest.splits)}; a held-out split is made when "
-                "data.valid_fraction is above 0"
+                f"{self.name} of {self.location} ({self.split}) has no window of {self.seq_len} tokens: its shards are "
+                "shorter; use a shorter seq_len, or prepare with more text or a larger data.shard_bytes"
             )
-        shards = manifest.splits[split].shards
-        for shard in shards:
-            for file, expected in shard_files(Path(folder), shard):
-                if not file.is_file():
-                    raise CorpusError(f"{file} is missing but named in {MANIFEST}; {REPAIR}")
-                if (size := file.stat().st_size) != expected:
-                    raise CorpusError(f"{file} has {size} bytes, {MANIFEST} says {expected}; {REPAIR}")
-        return cls(Path(folder), split, seq_len, manifest, shards)
+        return WindowOrder(self.windows_per_shard, seed, self.shards_at_once)
 
     @property
     def bytes_per_token(self) -> float:
@@ -171,8 +221,8 @@ class Corpus:
         for shard in self.shards:
             shards.update(f"{shard.tokens}:{shard.bin_xxh3}:{shard.idx_xxh3};".encode())
         return (
-            f"split={self.split} seq_len={self.seq_len} tokenizer={self.manifest.tokenizer.fingerprint} "
-            f"shards={shards.hexdigest()}"
+            f"split={self.split} seq_len={self.seq_len} tokenizer={self.tokenizer.fingerprint} "
+            f"packing={self._layout.name} shuffle_shards={self.shards_at_once} shards={shards.hexdigest()}"
         )
 
     def window(self, i: int) -> NDArray[np.int64]:
@@ -181,25 +231,79 @@ class Corpus:
 
     def windows(self, indices: ArrayLike) -> NDArray[np.int64]:
         """The windows at indices (n,): (n, seq_len + 1). Raises CorpusError outside range(n_windows)."""
-        numbers = np.asarray(indices, dtype=np.int64)
-        out = np.empty((numbers.size, self.seq_len + 1), dtype=np.int64)
-        for row, (shard, start) in enumerate(self._places(numbers)):
-            out[row] = self._shard(shard).read(start, self.seq_len + 1)
-        return out
+        return self.read(indices).tokens
 
-    def documents(self, i: int) -> list[tuple[str, int]]:
-        """(shard name, document number in it) of every document that has a token in window i, in order."""
-        ((number, start),) = self._places(np.array([i], dtype=np.int64))
+    def read(self, indices: ArrayLike) -> Rows:
+        """The windows at indices (n,), with their documents and counted targets where the reading has such."""
+        numbers = np.asarray(indices, dtype=np.int64)
+        n, length = numbers.size, self.seq_len
+        tokens = np.empty((n, length + 1), dtype=np.int64)
+        documents = np.empty((n, length), dtype=np.int32) if self.document_mask else None
+        counted = np.empty((n, length), dtype=np.bool_) if self.counts_targets else None
+        read, shards = self._layout.read, self._layout.block_shards
+        for row, (block, window) in enumerate(self._places(numbers)):
+            read(
+                self._shard(int(shards[block])),
+                block,
+                window,
+                tokens[row],
+                None if documents is None else documents[row],
+                None if counted is None else counted[row],
+            )
+        return Rows(tokens, documents, counted)
+
+    def pieces(self, i: int) -> list[Piece]:
+        """What window i consists of, in order; an empty document has no token and is not named."""
+        ((block, window),) = self._places(np.array([i], dtype=np.int64))
+        number = int(self._layout.block_shards[block])
+        spans = self._layout.spans(self._shard(number), block, window)
+        return [Piece(self.shards[number].name, *span) for span in spans]
+
+    def windows_of(self, shard_name: str, documents: tuple[int, int]) -> NDArray[np.int64]:
+        """All windows that have a token of the documents first to last of a shard, ascending.
+
+        Raises CorpusError for a shard that is not there or documents that it does not have.
+        """
+        names = [shard.name for shard in self.shards]
+        if shard_name not in names:
+            raise CorpusError(
+                f"{self.name} ({self.split}) has no shard {shard_name!r}; it has {names[0]} to {names[-1]}"
+            )
+        number = names.index(shard_name)
         shard = self._shard(number)
-        # not merely the range between first and last: an empty document between them has no token here
-        touched = np.unique(shard.document_at(np.arange(start, start + self.seq_len + 1)))
-        return [(self.shards[number].name, int(document)) for document in touched]
+        if documents[1] >= shard.n_documents:
+            raise CorpusError(f"{shard_name} has documents 0 to {shard.n_documents - 1}, not {documents[1]}")
+
+        def touches(span: Span) -> bool:
+            return documents[0] <= span.document <= documents[1]
+
+        return np.array(
+            [
+                int(self._first_window[block]) + window
+                for block in np.flatnonzero(self._layout.block_shards == number).tolist()
+                for window in range(int(self._layout.windows_per_block[block]))
+                if any(map(touches, self._layout.spans(shard, block, window)))
+            ],
+            dtype=np.int64,
+        )
+
+    def document(self, shard_name: str, document: int) -> NDArray[np.int64]:
+        """The tokens of a document, (n,)."""
+        number = next(n for n, shard in enumerate(self.shards) if shard.name == shard_name)
+        return self._shard(number).document(document).astype(np.int64)
+
+    def hold(self, numbers: Iterable[int]) -> None:
+        """Of a source at a URL: let go of every open shard but these, so that its place in the cache can be reused."""
+        kept = set(numbers)
+        with self._lock:
+            for number in [number for number in self._open if number not in kept]:
+                self._close(number)
 
     def verify(self) -> None:
-        """Compare every file's hash with the manifest's. Raises CorpusError at the first that differs."""
+        """Compare every local file's hash with the manifest's. Raises CorpusError at the first that differs."""
         for shard in self.shards:
             for (file, _), expected in zip(
-                shard_files(self.folder, shard), (shard.bin_xxh3, shard.idx_xxh3), strict=True
+                shard_files(Path(self.location), shard), (shard.bin_xxh3, shard.idx_xxh3), strict=True
             ):
                 if (found := file_xxh3(file)) != expected:
                     raise CorpusError(
@@ -208,32 +312,50 @@ class Corpus:
                     )
 
     def _places(self, numbers: NDArray[np.int64]) -> list[tuple[int, int]]:
-        """(shard number, first token) of each window."""
+        """(block, window in it) of each window."""
         if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < self.n_windows:
             raise CorpusError(
-                f"windows {numbers.min()} to {numbers.max()} asked of {self.folder} ({self.split}), "
+                f"windows {numbers.min()} to {numbers.max()} asked of {self.name} in {self.location} ({self.split}), "
                 f"which has {self.n_windows}"
             )
-        shards = np.searchsorted(self._first_window, numbers, side="right") - 1
-        starts = (numbers - self._first_window[shards]) * self.seq_len
-        return list(zip(shards.tolist(), starts.tolist(), strict=True))
+        blocks = np.searchsorted(self._first_window, numbers, side="right") - 1
+        return list(zip(blocks.tolist(), (numbers - self._first_window[blocks]).tolist(), strict=True))
 
     def _shard(self, number: int) -> Shard:
         with self._lock:
-            if number in self._open:
-                self._open.move_to_end(number)
-                return self._open[number]
-            entry = self.shards[number]
-            shard = Shard(self.folder / entry.name)
-            if (shard.dtype.name, shard.n_tokens) != (self.manifest.dtype, entry.tokens):
-                raise ShardError(
-                    f"{self.folder / entry.name}: {shard.n_tokens} tokens of {shard.dtype.name}, {MANIFEST} says "
-                    f"{entry.tokens} of {self.manifest.dtype}; delete it, then {REPAIR}"
-                )
-            self._open[number] = shard
-            if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
-            return shard
+            if number not in self._open:
+                self._open[number] = open_shard(self.store, self.shards[number])
+                if len(self._open) > MAX_OPEN_SHARDS:
+                    self._close(next(iter(self._open)))
+            self._open.move_to_end(number)
+            return self._open[number][0]
+
+    def _close(self, number: int) -> None:
+        shard, lease = self._open.pop(number)
+        del shard  # its files are unmapped with it, and only then may their place go to others
+        lease.release()
+
+
+def open_shard(store: Store, entry: ShardEntry) -> tuple[Shard, Lease]:
+    """A shard of a store, mapped, and the lease to release after it. Raises ShardError when it is not the entry's."""
+    lease = store.shard(entry)
+    shard = Shard(lease.prefix)
+    if shard.n_tokens != entry.tokens:
+        raise ShardError(
+            f"{lease.prefix}: {shard.n_tokens} tokens of {shard.dtype.name}, {MANIFEST} says {entry.tokens}; "
+            f"delete it, then {REPAIR}"
+        )
+    return shard, lease
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a corpus folder. Raises CorpusError when folder or manifest is missing, broken or newer."""
+    return CorpusFolder(folder, Reading(1)).manifest
+
+
+def shards_folder(corpus: Path, source: SourceEntry) -> Path:
+    """The local folder from which a source's shards are named."""
+    return Path(source.folder) if source.folder is not None else corpus
 
 
 def shard_files(folder: Path, shard: ShardEntry) -> Sequence[tuple[Path, int]]:
@@ -242,10 +364,12 @@ def shard_files(folder: Path, shard: ShardEntry) -> Sequence[tuple[Path, int]]:
     return (bin_path(prefix), shard.bin_bytes), (idx_path(prefix), shard.idx_bytes)
 
 
-def file_xxh3(path: Path) -> str:
-    """xxh3-64 of a file in hexadecimal, read in blocks of 1 MiB."""
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def _check_sizes(folder: Path, shards: tuple[ShardEntry, ...]) -> None:
+    for shard in shards:
+        for file, expected in shard_files(folder, shard):
+            try:
+                size = file.stat().st_size
+            except OSError:
+                raise CorpusError(f"{file} is missing but named in {MANIFEST}; {REPAIR}") from None
+            if size != expected:
+                raise CorpusError(f"{file} has {size} bytes, {MANIFEST} says {expected}; {REPAIR}")

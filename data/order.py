@@ -155,3 +155,90 @@ def window_sample(epoch: ArrayLike | int, window: ArrayLike | int, n_windows: in
     index = invert(np.atleast_1d(window), n_windows, _epoch_keys(epochs, seed))
     sample = epochs.astype(np.int64) * n_windows + index
     return int(sample[0]) if isinstance(epoch, int) and isinstance(window, int) else sample
+
+
+def stream_key(*numbers: int) -> int:
+    """A key for permute from integers (each of 0 to 2**64 - 1): other numbers, or in another order, another key."""
+    key = _words(0, "key")
+    for number in numbers:
+        key = _mix(_mix(key ^ _words(number, "number")) + np.uint64(_GOLDEN))
+    return int(key[0])
+
+
+class WindowOrder:
+    """The windows of a source in the order in which its samples read them, epoch after epoch.
+
+    shards_at_once None: each epoch is one permutation of all windows. K: the shards are permuted, and the windows of
+    each K shards that follow each other are permuted among themselves, so that K shards at a time are enough to read
+    an epoch in order. A call costs the same at any position; K needs a table of the shards for each epoch in use.
+    """
+
+    def __init__(self, windows_per_shard: IntArray, seed: int, shards_at_once: int | None = None) -> None:
+        """windows_per_shard: (shards,), in the order of the windows' numbers. Raises ValueError when all are 0."""
+        self._first_window = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(windows_per_shard)])
+        self.n_windows = int(self._first_window[-1])
+        if self.n_windows < 1:
+            raise ValueError(f"the {len(windows_per_shard)} shards have no window; expected at least one")
+        self.seed, self.shards_at_once = seed, shards_at_once
+        self._epochs: dict[int, _ShardOrder] = {}
+
+    def __call__(self, index: ArrayLike) -> tuple[IntArray, IntArray]:
+        """(epoch, window) that samples index (n,) of the source read: two arrays (n,)."""
+        if self.shards_at_once is None:
+            return sample_window(index, self.n_windows, self.seed)
+        epochs, within = np.divmod(np.atleast_1d(np.asarray(index, dtype=np.int64)), self.n_windows)
+        windows = np.empty_like(within)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            windows[here] = self._in_epoch(epoch).windows(within[here])
+        return epochs, windows
+
+    def group(self, index: int) -> tuple[int, int]:
+        """(epoch, group) of sample index: all shards that its neighbours in the order lie in are shards(epoch, group)."""
+        epoch, within = divmod(index, self.n_windows)
+        return epoch, 0 if self.shards_at_once is None else self._in_epoch(epoch).group_of(within)
+
+    def shards(self, epoch: int, group: int) -> list[int]:
+        """The shards of a group, by number; the group after an epoch's last is the next epoch's first."""
+        if self.shards_at_once is None:
+            return list(range(len(self._first_window) - 1))
+        order = self._in_epoch(epoch)
+        if group >= order.n_groups:
+            order, group = self._in_epoch(epoch + 1), 0
+        return order.shards[group * self.shards_at_once : (group + 1) * self.shards_at_once].tolist()
+
+    def _in_epoch(self, epoch: int) -> "_ShardOrder":
+        if epoch not in self._epochs:
+            assert self.shards_at_once is not None
+            if len(self._epochs) > 3:  # neighbours in time; more than two epochs in one step are rare
+                self._epochs.clear()
+            self._epochs[epoch] = _ShardOrder(self._first_window, self.shards_at_once, stream_key(self.seed, epoch))
+        return self._epochs[epoch]
+
+
+class _ShardOrder:
+    """One epoch of a WindowOrder with groups of shards."""
+
+    def __init__(self, first_window: IntArray, shards_at_once: int, key: int) -> None:
+        counts = np.diff(first_window)
+        readable = np.flatnonzero(counts)  # a shard without a window would only take a place in a group
+        self.shards = readable[permute(np.arange(len(readable)), len(readable), key)]
+        self._first_window, self._size, self._key = first_window, shards_at_once, key
+        self._starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts[self.shards])])
+        self.n_groups = -(-len(self.shards) // shards_at_once)
+        bounds = np.minimum(np.arange(self.n_groups + 1) * shards_at_once, len(self.shards))
+        self._group_starts = self._starts[bounds]
+
+    def group_of(self, within: int) -> int:
+        return int(np.searchsorted(self._group_starts, within, side="right")) - 1
+
+    def windows(self, within: IntArray) -> IntArray:
+        groups = np.searchsorted(self._group_starts, within, side="right") - 1
+        places = np.empty_like(within)  # along the epoch's shards, one after the other
+        for group in np.unique(groups).tolist():
+            here = groups == group
+            start, end = int(self._group_starts[group]), int(self._group_starts[group + 1])
+            key = stream_key(self._key, group)
+            places[here] = start + permute(within[here] - start, end - start, key)
+        rows = np.searchsorted(self._starts, places, side="right") - 1
+        return self._first_window[self.shards[rows]] + places - self._starts[rows]

@@ -244,6 +244,24 @@ class Shard:
         start, end = (self._token_at(int(self._documents[j])) for j in (i, i + 1))
         return start, end
 
+    def document_numbers(self, start: int, count: int) -> NDArray[np.int64]:
+        """The document that holds each of the tokens start to start + count: (count,). Raises as document_at."""
+        first, last = (self.document_at(position) for position in (start, start + count - 1))
+        assert isinstance(first, int)
+        assert isinstance(last, int)
+        starts = np.array([self.token_span(document)[0] for document in range(first + 1, last + 1)], dtype=np.int64)
+        # as many documents further as have begun; an empty one begins where the next does and is passed over
+        return first + np.searchsorted(starts, np.arange(start, start + count), side="right")
+
+    def lengths(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Tokens of documents first to stop, (n,); fewer where the shard ends before."""
+        sequences = self._documents[first : stop + 1]
+        low, high = int(sequences[0]), int(sequences[-1])
+        starts = self._pointers[low : high + 1] // self.dtype.itemsize  # one too few at the shard's end
+        if high == self.n_sequences:
+            starts = np.append(starts, self.n_tokens)
+        return np.diff(starts[sequences - low])
+
     def _token_at(self, sequence: int) -> int:
         if sequence == self.n_sequences:
             return self.n_tokens

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.corpus import MANIFEST, Manifest, ShardEntry, SplitEntry, TokenizerEntry
+from data.manifest import MANIFEST, Manifest, ShardEntry, SourceEntry, SplitEntry, TokenizerEntry
 from data.shards import ShardWriter
 from data.tokenizer import TokenizerConfig, train
 
@@ -15,27 +15,33 @@ from data.tokenizer import TokenizerConfig, train
 def make_corpus(tmp_path):
     """make_corpus([[3, 4], [10]], "name") -> folder with two train shards, of documents of 3, 4 and of 10 tokens.
 
-    Token k of the split is k, so that a window shows where it was read.
+    Token k of a source is k, so that a window shows where it was read; several sources as name=documents, each from a
+    multiple of a million on.
     """
 
-    def make(documents, name="corpus", dtype=np.int32, split="train"):
+    def make(documents=None, name="corpus", dtype=np.int32, split="train", **sources):
         folder = tmp_path / name
         folder.mkdir()
-        shards, first = [], 0
-        for number, lengths in enumerate(documents):
-            with ShardWriter(folder / f"{split}-{number:05d}", dtype) as writer:
-                for length in lengths:
-                    writer.add(np.arange(first, first + length))
-                    first += length
-                written = writer.close()
-            shards.append(ShardEntry(name=f"{split}-{number:05d}", bytes=4 * written.tokens, **written._asdict()))
+        entries = {}
+        for place, (source, shards_of) in enumerate((sources or {"only": documents}).items()):
+            shards, first = [], place * 1_000_000
+            for number, lengths in enumerate(shards_of):
+                prefix = f"{split}-{number:05d}" if not sources else f"{source}/{split}-{number:05d}"
+                (folder / prefix).parent.mkdir(exist_ok=True)
+                with ShardWriter(folder / prefix, dtype) as writer:
+                    for length in lengths:
+                        writer.add(np.arange(first, first + length))
+                        first += length
+                    written = writer.close()
+                shards.append(ShardEntry(name=prefix, bytes=4 * written.tokens, **written._asdict()))
+            entries[source] = SourceEntry(
+                kind="made up", about={}, left_out={}, splits={split: SplitEntry(shards=tuple(shards))}
+            )
         manifest = Manifest(
             tokenizer=TokenizerEntry(fingerprint="0123456789abcdef", vocab_size=2**31 - 1, eos_id=2),
             dtype=np.dtype(dtype).name,
-            source={"kind": "made up"},
             seed=0,
-            skipped={},
-            splits={split: SplitEntry(shards=tuple(shards))},
+            sources=entries,
         )
         (folder / MANIFEST).write_text(manifest.model_dump_json())
         return folder

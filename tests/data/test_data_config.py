@@ -9,10 +9,10 @@ from data.sources import EmbeddedConfig, TextConfig
 
 def test_defaults_and_dump_come_back():
     cfg = DataConfig()
-    assert isinstance(cfg.source, EmbeddedConfig)
+    assert cfg.sources == [EmbeddedConfig()]
     assert DataConfig(**cfg.model_dump()) == cfg
-    text = DataConfig(source={"kind": "text", "paths": ["a.txt"]}, tokenizer={"vocab_size": 4096})
-    assert isinstance(text.source, TextConfig)
+    text = DataConfig(sources=[{"kind": "text", "paths": ["a.txt"]}], tokenizer={"vocab_size": 4096})
+    assert isinstance(text.sources[0], TextConfig)
     assert DataConfig.model_validate(text.model_dump(mode="json")) == text
 
 
@@ -32,11 +32,48 @@ def test_defaults_and_dump_come_back():
         {"workers": 0},
         {"workers": True},
         {"tokeniser": {}},
+        {"sources": []},
+        {"temperature": 0.0},
+        {"temperature": float("inf")},
+        {"shuffle_shards": 0},
+        {"packing": "first_fit"},
+        {"on_bad": "ignore"},
+        {"max_document_bytes": 0},
     ],
 )
 def test_refusals(values):
     with pytest.raises(ValidationError):
         DataConfig(**values)
+
+
+def text(name, **more):
+    return {"kind": "text", "paths": ["-"], "name": name, **more}
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"sources": [text("a"), text("a")]}, "data.sources has 'a' 2 times; give each a name of its own"),
+        ({"sources": [{"kind": "embedded"}, text("embedded")]}, "data.sources has 'embedded' 2 times"),
+        ({"sources": [text("a", weight=1.0), text("b")]}, "b have no weight and others have; give all of them one, or"),
+        (
+            {"sources": [text("a")], "stages": [{"from_tokens": 9, "weights": {"c": 1.0}}]},
+            r"weights of c, which data.sources does not have; it has \['a'\]",
+        ),
+        (
+            {"sources": [text("a")], "stages": [{"from_tokens": n, "weights": {"a": 1.0}} for n in (9, 9)]},
+            "from_tokens=9 after 9; expected ascending numbers",
+        ),
+        ({"skip": [{}]}, "needs exactly one of: steps"),
+        ({"skip": [{"steps": [1, 2], "samples": [1, 2]}]}, "needs exactly one of: steps"),
+        ({"skip": [{"source": "a", "documents": [1, 2]}]}, "needs exactly one of: steps"),
+        ({"skip": [{"steps": [0, 2]}]}, r"\(0, 2\) is no stretch; expected \[first, last\] with 1 <= first <= last"),
+        ({"skip": [{"samples": [3, 2]}]}, r"\(3, 2\) is no stretch; expected \[first, last\] with 0 <= first <= last"),
+    ],
+)
+def test_what_does_not_fit_together_is_explained(values, match):
+    with pytest.raises(ValidationError, match=match):
+        DataConfig.model_validate(values)
 
 
 def test_sections_do_not_change():

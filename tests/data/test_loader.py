@@ -9,8 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.corpus import Corpus
-from data.loader import IGNORE, BatchError, Loader, eval_batches
+from data.corpus import Corpus, Reading
+from data.dataset import Dataset, DatasetError
+from data.loader import IGNORE, BatchError, Loader, digest, eval_batches
+from data.mixture import Era, EraStage
 from data.order import sample_window
 
 T = 4
@@ -21,8 +23,16 @@ def corpus(make_corpus):
     return Corpus.open(make_corpus([[30, 11], [0, 7, 25], [3], [50]]), "train", T)  # 10 + 7 + 0 + 12 windows
 
 
-def loader_of(corpus, G=8, B=2, rank=0, ranks=1, **more):
-    return Loader(corpus, seed=5, global_batch_size=G, micro_batch_size=B, dp_rank=rank, dp_size=ranks, **more)
+def dataset_of(corpus, seed=5):
+    era = Era(start=0, stages=(EraStage(start=0, weights={corpus.name: 1.0}),), most={})
+    return Dataset({corpus.name: corpus}, [era], seed, [], batch=1)
+
+
+def loader_of(corpus, G=8, B=2, rank=0, ranks=1, cursor=None, **more):
+    dataset = dataset_of(corpus)
+    if cursor is not None:
+        more["samples"] = dataset.go_on(cursor)
+    return Loader(dataset, global_batch_size=G, micro_batch_size=B, dp_rank=rank, dp_size=ranks, **more)
 
 
 def one_step(corpus, G, B, ranks, cursor):
@@ -50,6 +60,10 @@ def test_shapes_and_places(corpus, ranks):
                 assert batch.tokens.shape == batch.targets.shape == (A, B, T)
                 assert batch.tokens.dtype == batch.targets.dtype == torch.int64
                 assert batch.n_targets == G * T
+                assert batch.span == (step * G, (step + 1) * G)
+                assert batch.documents is None
+                both = torch.cat([batch.tokens, batch.targets[..., -1:]], dim=-1).reshape(-1, T + 1)
+                assert batch.digest == digest(batch.samples, both.numpy())
                 for a in range(A):
                     for b in range(B):
                         _, number = sample_window(int(batch.samples[a, b]), corpus.n_windows, 5)
@@ -83,7 +97,8 @@ def test_cursor_counts_only_what_was_handed_out(corpus):
     with loader_of(corpus, prefetch=3) as loader:
         while loader._ready.qsize() < 3:
             pass  # three batches are ready, none was taken
-        assert loader.cursor() == {"samples": 0, "fingerprint": corpus.fingerprint, "seed": 5}
+        assert loader.cursor()["samples"] == 0
+        assert loader.cursor()["sources"] == {"only": corpus.fingerprint}
         first = [next(loader) for _ in range(4)]
         cursor = loader.cursor()
     assert cursor["samples"] == 32
@@ -97,18 +112,16 @@ def test_cursor_of_other_data_is_refused(corpus, make_corpus):
         cursor = loader.cursor()
     other = Corpus.open(make_corpus([[30, 11], [0, 7, 25], [3], [51]], "other"), "train", T)
     with pytest.raises(
-        BatchError, match=r"trained on other data than .*other: shards was \w{16}, is \w{16}\. Go on with"
+        DatasetError, match=r"trained on other data than .*other: shards of only was \w{16}, is \w{16}\. Go on with"
     ):
         loader_of(other, cursor=cursor)
-    longer = Corpus.open(corpus.folder, "train", T + 1)
-    with pytest.raises(BatchError, match=r": seq_len was 4, is 5\. Go on"):
+    longer = Corpus.open(corpus.location, "train", T + 1)
+    with pytest.raises(DatasetError, match=r": seq_len of only was 4, is 5\. Go on"):
         loader_of(longer, cursor=cursor)
-    with pytest.raises(BatchError, match=r": seed was 4, is 5\. Go on"):
+    with pytest.raises(DatasetError, match=r": seed was 4, is 5\. Go on"):
         loader_of(corpus, cursor=cursor | {"seed": 4})
-    with pytest.raises(BatchError, match=r"lacks \['seed'\]; the checkpoint is damaged"):
-        loader_of(corpus, cursor={"samples": 3, "fingerprint": corpus.fingerprint})
-    with pytest.raises(BatchError, match=r"lacks \['samples'\]"):
-        Loader.check_cursor({"seed": 3, "fingerprint": corpus.fingerprint}, corpus, 5)
+    with pytest.raises(DatasetError, match=r"is damaged or of another version \(Field required at \('seed',\)\)"):
+        loader_of(corpus, cursor={key: value for key, value in cursor.items() if key != "seed"})
 
 
 @pytest.mark.parametrize(
@@ -117,13 +130,12 @@ def test_cursor_of_other_data_is_refused(corpus, make_corpus):
         ({"G": 10, "B": 2, "ranks": 2}, r"global_batch_size=10 is not a multiple .*nearest that are: 8, 12"),
         ({"G": 1, "B": 2}, "nearest that are: 2$"),
         ({"G": 0}, "global_batch_size=0 is not a multiple"),
-        ({"G": 30}, r"has 29 windows of 4 tokens, one step takes global_batch_size=30"),
+        ({"G": 30}, r"only have 29 windows of 4 tokens, one step takes global_batch_size=30"),
         ({"B": 0}, "micro_batch_size=0; expected at least 1"),
         ({"rank": 2, "ranks": 2}, "dp_rank=2 of dp_size=2"),
         ({"rank": -1}, "dp_rank=-1 of dp_size=1"),
         ({"prefetch": 0}, "prefetch=0; expected at least 1"),
         ({"samples": -8}, "samples=-8; expected 0 or more"),
-        ({"samples": 8, "cursor": {}}, "both samples=8 and a cursor"),
     ],
 )
 def test_refusals(corpus, change, match):
@@ -135,7 +147,7 @@ def test_an_error_in_the_thread_reaches_the_step(corpus, monkeypatch):
     def fail(_):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(corpus, "windows", fail)
+    monkeypatch.setattr(corpus, "read", fail)
     loader = loader_of(corpus)
     with pytest.raises(OSError, match="the disk is gone") as caught:
         next(loader)
@@ -166,14 +178,14 @@ def test_describe_names_documents(corpus):
         lines = loader.describe(np.array([0, 30])).splitlines()
     for line, sample in zip(lines, (0, 30), strict=True):
         epoch, window = sample_window(sample, corpus.n_windows, 5)
-        assert line.startswith(f"sample {sample}: epoch {epoch}, window {window}, documents of train-0000")
-    assert [line.partition(", documents of ")[0] for line in lines][1].startswith("sample 30: epoch 1")
+        assert line.startswith(f"sample {sample}: only, epoch {epoch}, window {window}, documents of train-0000")
+    assert [line.partition(", documents of ")[0] for line in lines][1].startswith("sample 30: only, epoch 1")
 
 
 def test_describe_shortens_runs_of_documents(make_corpus):
     corpus = Corpus.open(make_corpus([[1, 1, 1, 0, 1, 1]]), "train", T)
     with loader_of(corpus, G=1, B=1) as loader:
-        assert loader.describe(0) == "sample 0: epoch 0, window 0, documents of train-00000 0-2, 4-5"
+        assert loader.describe(0) == "sample 0: only, epoch 0, window 0, documents of train-00000 0-2, 4-5"
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="pinned memory exists only beside an accelerator")
@@ -198,7 +210,7 @@ def test_eval_counts_each_window_once_at_any_world_size(corpus, max_windows, B):
             (*tokens.tolist(), targets[-1].item())
             for of_rank in batches
             for both in of_rank
-            for tokens, targets in zip(*both, strict=True)
+            for tokens, targets in zip(*both[:2], strict=True)
             if (targets != IGNORE).all()
         ]
         padded = sum((both[1] == IGNORE).all(dim=1).sum().item() for of_rank in batches for both in of_rank)
@@ -209,8 +221,8 @@ def test_eval_counts_each_window_once_at_any_world_size(corpus, max_windows, B):
 
 
 def test_eval_windows_are_spread_and_fixed(corpus):
-    first = [tokens.tolist() for tokens, _ in eval_batches(corpus, 6, 6, 0, 1)]
-    assert first == [tokens.tolist() for tokens, _ in eval_batches(corpus, 6, 6, 0, 1)]
+    first = [tokens.tolist() for tokens, _, _ in eval_batches(corpus, 6, 6, 0, 1)]
+    assert first == [tokens.tolist() for tokens, _, _ in eval_batches(corpus, 6, 6, 0, 1)]
     assert first[0] != corpus.windows(np.arange(6))[:, :-1].tolist()  # not the beginning of the first shard
 
 
@@ -222,3 +234,31 @@ def test_eval_refusals(corpus, make_corpus):
     short = Corpus.open(make_corpus([[4], [3]], "short"), "train", T)
     with pytest.raises(BatchError, match="has no window of 4 tokens: its shards are shorter"):
         next(eval_batches(short, 1, 1, 0, 1))
+
+
+def test_eval_takes_its_windows_from_few_shards(make_corpus):
+    """Of a corpus read group by group, a few windows need the shards of the first group alone."""
+    corpus = Corpus.open(make_corpus([[9]] * 20), "train", Reading(T, shuffle_shards=2))
+    read = [tokens for tokens, _, _ in eval_batches(corpus, 4, 1, 0, 1)]
+    assert len(read) == 4
+    assert len(corpus._open) == 2
+
+
+# -- documents ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_masked_batches(make_corpus, ranks):
+    """Targets at the beginning of a document do not count, and each rank says how many of its own do."""
+    corpus = Corpus.open(make_corpus([[3, 1, 8, 2, 2, 2, 2, 3, 3, 1, 2]]), "train", Reading(T, document_mask=True))
+    n_targets = 0
+    for rank in range(ranks):
+        with loader_of(corpus, G=4, B=2, rank=rank, ranks=ranks) as loader:
+            batch = next(loader)
+            assert not loader.fixed_targets
+        rows = corpus.read(sample_window(batch.samples.ravel(), corpus.n_windows, 5)[1])
+        assert batch.documents.tolist() == rows.documents.reshape(batch.tokens.shape).tolist()
+        assert ((batch.targets == IGNORE).numpy() == ~rows.counted.reshape(batch.tokens.shape)).all()
+        assert batch.n_targets == rows.counted.sum() == (batch.targets != IGNORE).sum()
+        n_targets += batch.n_targets
+    assert 0 < n_targets < 4 * T

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import MAX_N, invert, permute, sample_window, window_sample
+from data.order import MAX_N, WindowOrder, invert, permute, sample_window, stream_key, window_sample
 
 KEYS = st.integers(0, 2**64 - 1)
 
@@ -145,3 +145,55 @@ def test_golden_values():
 def test_refusals(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+# -- groups of shards --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shards_at_once", [1, 2, 3, 7, 50])
+def test_groups_read_each_window_once_an_epoch_and_few_shards_at_a_time(seed, shards_at_once):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 6, 20)
+    counts[0] = 3
+    order = WindowOrder(counts, seed, shards_at_once)
+    n = int(counts.sum())
+    epochs, windows = order(np.arange(3 * n))
+    assert epochs.tolist() == [epoch for epoch in range(3) for _ in range(n)]
+    shard_of = np.repeat(np.arange(20), counts)
+    orders = [windows[epoch * n : (epoch + 1) * n].tolist() for epoch in range(3)]
+    assert all(sorted(one) == list(range(n)) for one in orders)
+    assert orders[0] != orders[1] != orders[2]
+    for epoch, one in enumerate(orders):
+        groups = [order.group(epoch * n + i) for i in range(n)]
+        assert [group for _, group in groups] == sorted(group for _, group in groups)
+        for i, window in enumerate(one):
+            assert shard_of[window] in order.shards(*groups[i])
+        assert all(len(order.shards(*group)) <= shards_at_once for group in groups)
+    last = order.group(n - 1)
+    assert order.shards(0, last[1] + 1) == order.shards(1, 0)  # what comes after an epoch is the next one's beginning
+
+
+def test_groups_are_random_access():
+    order = WindowOrder(np.array([4, 5, 6, 7]), 3, 2)
+    _, windows = order(np.arange(60))
+    shuffled = np.random.default_rng(0).permutation(60)
+    assert order(shuffled)[1].tolist() == windows[shuffled].tolist()
+
+
+def test_without_groups_the_order_is_that_of_sample_window():
+    order = WindowOrder(np.array([4, 5, 6]), 3)
+    assert order(np.arange(40))[1].tolist() == sample_window(np.arange(40), 15, 3)[1].tolist()
+    assert order.group(39) == (2, 0)
+    assert order.shards(2, 0) == [0, 1, 2]
+
+
+def test_an_order_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="the 2 shards have no window"):
+        WindowOrder(np.array([0, 0]), 3)
+
+
+def test_stream_keys_differ():
+    keys = {stream_key(*numbers) for numbers in itertools.product(range(8), repeat=3)}
+    assert len(keys) == 512
+    assert stream_key(1, 2, 3) == 0x1129A4877030C490  # part of the format of a run

@@ -1,0 +1,360 @@
+"""What a run reads: the sources of its corpus, mixed, as a function from global sample numbers to windows.
+
+The run's samples are numbered 0, 1, 2, ... Sample g belongs to a source (data/mixture.py), is the n-th of that source,
+and reads a window that the source's order names (data/order.py). What is left out on purpose (data.skip) keeps its
+number and is passed over. Nothing here depends on ranks or batches, and all that a checkpoint needs is the number of
+the next sample and what that number refers to: the cursor.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, NonNegativeInt, ValidationError
+
+from data.config import DataConfig, SkipConfig
+from data.corpus import Corpus, CorpusFolder, Piece, Reading, Rows
+from data.errors import DataError
+from data.manifest import ShardEntry
+from data.mixture import Era, EraStage, Mixture, temper
+from data.order import WindowOrder
+from data.store import Store
+
+log = logging.getLogger(__name__)
+
+MANY_EPOCHS = 4  # repeated text helps little beyond this (Muennighoff et al., arXiv:2305.16264)
+
+IntArray = NDArray[np.int64]
+
+
+class DatasetError(DataError):
+    """Sources that do not fit the config or the run, or a cursor that belongs to other data."""
+
+
+class Cursor(BaseModel, frozen=True, extra="forbid"):
+    """Where a run stands in its data, and what the number refers to; saved with every checkpoint."""
+
+    samples: NonNegativeInt  # number of the next sample to read
+    seed: NonNegativeInt
+    sources: dict[str, str]  # fingerprint of every source that the run has read
+    eras: tuple[Era, ...]  # how they were mixed, from the beginning
+
+
+class Place(NamedTuple):
+    """Where samples lie: arrays (n,)."""
+
+    sources: IntArray  # number of the source in Dataset.names
+    indices: IntArray  # which of its source's samples it is
+    epochs: IntArray  # of the source
+    windows: IntArray  # number in the source's corpus
+
+
+class Dataset:
+    """Use Dataset.open; then a run that goes on from a checkpoint calls go_on."""
+
+    def __init__(
+        self, corpora: dict[str, Corpus], eras: Sequence[Era], seed: int, skip: Sequence[SkipConfig], batch: int
+    ) -> None:
+        """corpora: by source.    batch: sequences a step, for entries of data.skip that name steps."""
+        self.corpora, self.seed = corpora, seed
+        self.names = tuple(sorted(corpora))  # so that the order in which a config names them changes nothing
+        self.eras = tuple(eras)
+        self.mixture = Mixture(self.names, self.eras, seed)
+        self.orders: dict[str, WindowOrder] = {name: corpus.order(seed) for name, corpus in corpora.items()}
+        self.seq_len = next(iter(corpora.values())).seq_len
+        self.fixed_targets = not any(corpus.counts_targets for corpus in corpora.values())
+        self._wishes: dict[Store, list[ShardEntry]] = {}
+        self._masked = any(corpus.document_mask for corpus in corpora.values())
+        self._skipped_samples = _spans(skip, batch)
+        self._skipped_windows = [
+            (entry.source, corpora[entry.source].windows_of(entry.shard, entry.documents))
+            for entry in skip
+            if entry.source is not None and entry.shard is not None and entry.documents is not None
+        ]
+
+    @classmethod
+    def open(cls, cfg: DataConfig, seq_len: int, batch: int = 1) -> "Dataset":
+        """The training split of all sources of the config, mixed as it says.
+
+        Raises a DataError where the corpus lacks a source, or has none of its windows.
+        """
+        folder = CorpusFolder(cfg.corpus, reading(cfg, seq_len))
+        corpora = {source.label: folder.split(source.label, "train") for source in cfg.sources}
+        if unknown := sorted({e.source for e in cfg.skip if e.source is not None} - corpora.keys()):
+            raise DatasetError(f"data.skip names {', '.join(unknown)}; data.sources has {list(corpora)}")
+        return cls(corpora, [_era(cfg, corpora, seq_len)], cfg.seed, cfg.skip, batch)
+
+    def go_on(self, cursor: dict[str, Any]) -> int:
+        """Take over the past of the run that the cursor was saved with. Returns the number of the next sample.
+
+        Where the mixture has changed since (launcher/ has seen to it that this was on purpose), a new era begins at
+        that sample, and every source goes on behind what it gave before. Raises DatasetError, naming what differs,
+        when the cursor belongs to other data.
+        """
+        saved = self.check(cursor)
+        eras = list(saved.eras)
+        now = self.eras[-1].model_copy(update={"start": eras[-1].start})
+        if now != eras[-1]:
+            eras.append(now.model_copy(update={"start": saved.samples}))
+            log.info("the mixture of sources changes at sample %d", saved.samples)
+        self._adopt(eras)
+        return saved.samples
+
+    def recall(self, cursor: dict[str, Any]) -> None:
+        """Look back: mix as the run had it when the cursor was saved, whatever the config says now."""
+        self._adopt(self.check(cursor).eras)
+
+    def _adopt(self, eras: Sequence[Era]) -> None:
+        self.eras = tuple(eras)
+        read = {name for era in eras for stage in era.stages for name in stage.weights}
+        self.mixture = Mixture(sorted({*self.names, *read}), self.eras, self.seed)
+
+    def check(self, cursor: dict[str, Any]) -> Cursor:
+        """The cursor, typed. Raises DatasetError as go_on does."""
+        try:
+            saved = Cursor.model_validate_json(json.dumps(cursor))
+        except ValidationError as error:
+            raise DatasetError(
+                f"the data cursor of the checkpoint is damaged or of another version ({error.errors()[0]['msg']} at "
+                f"{error.errors()[0]['loc']}): use an earlier checkpoint, or the Longhaul version that wrote it"
+            ) from None
+        differs = [f"seed was {saved.seed}, is {self.seed}"] if saved.seed != self.seed else []
+        for name, fingerprint in saved.sources.items():
+            if name in self.corpora:
+                before, now = _parts(fingerprint), _parts(self.corpora[name].fingerprint)
+                differs += [
+                    f"{key} of {name} was {before.get(key)}, is {now.get(key)}"
+                    for key in sorted(before.keys() | now.keys())
+                    if before.get(key) != now.get(key)
+                ]
+        if differs:
+            folder = next(iter(self.corpora.values())).location
+            raise DatasetError(
+                f"the checkpoint was trained on other data than {folder}: {'; '.join(differs)}. Go on with the corpus, "
+                "seq_len and seed that the run began with (new text under a new source name), or begin a new run"
+            )
+        return saved
+
+    def cursor(self, samples: int) -> dict[str, Any]:
+        """What to save when `samples` is the number of the next sample to read."""
+        fingerprints = {name: corpus.fingerprint for name, corpus in self.corpora.items()}
+        return Cursor(samples=samples, seed=self.seed, sources=fingerprints, eras=self.eras).model_dump(mode="json")
+
+    # -- samples -------------------------------------------------------------------------------------------------------
+
+    def take(self, first: int, count: int) -> tuple[IntArray, int]:
+        """The next `count` samples from `first` on that are not left out, (count,), and the number to go on from."""
+        taken: list[IntArray] = []
+        need, start = count, first
+        while need:
+            samples = np.arange(start, start + need, dtype=np.int64)
+            kept = samples[~self._left_out(samples)]
+            taken.append(kept)
+            need -= len(kept)
+            start += len(samples)
+        return np.concatenate(taken), start
+
+    def _left_out(self, samples: IntArray) -> NDArray[np.bool_]:
+        out = np.zeros(len(samples), dtype=np.bool_)
+        for first, last in self._skipped_samples:
+            out |= (samples >= first) & (samples <= last)
+        if self._skipped_windows:
+            place = self.locate(samples)
+            for name, windows in self._skipped_windows:
+                out |= (place.sources == self.mixture.names.index(name)) & np.isin(place.windows, windows)
+        return out
+
+    def locate(self, samples: IntArray) -> Place:
+        """Source, epoch and window of samples (n,). Raises MixtureError beyond what max_epochs admits."""
+        sources, indices = self.mixture.locate(samples)
+        epochs, windows = np.empty_like(samples), np.empty_like(samples)
+        for number in np.unique(sources).tolist():
+            here = sources == number
+            name = self.mixture.names[number]
+            if name not in self.orders:
+                raise DatasetError(f"the run read {name} before; put it back into data.sources to look at its samples")
+            epochs[here], windows[here] = self.orders[name](indices[here])
+        return Place(sources, indices, epochs, windows)
+
+    def read(self, samples: IntArray) -> Rows:
+        """The windows of samples (n,), in their order."""
+        place = self.locate(samples)
+        numbers = np.unique(place.sources).tolist()
+        if len(numbers) == 1:
+            return self.corpora[self.mixture.names[numbers[0]]].read(place.windows)
+        n, length = len(samples), self.seq_len
+        tokens = np.empty((n, length + 1), dtype=np.int64)
+        documents = np.empty((n, length), dtype=np.int32) if self._masked else None
+        counted = None if self.fixed_targets else np.empty((n, length), dtype=np.bool_)
+        for number in numbers:
+            here = np.flatnonzero(place.sources == number)
+            rows = self.corpora[self.mixture.names[number]].read(place.windows[here])
+            tokens[here] = rows.tokens
+            if documents is not None and rows.documents is not None:
+                documents[here] = rows.documents
+            if counted is not None and rows.counted is not None:
+                counted[here] = rows.counted
+        return Rows(tokens, documents, counted)
+
+    def prefetch(self, samples: IntArray) -> None:
+        """Of sources at URLs: keep the shards that these samples and their neighbours need, and begin to fetch the next.
+
+        samples: all of the step, over all ranks. Costs little when no source lies at a URL.
+        """
+        if not any(corpus.remote for corpus in self.corpora.values()):
+            return
+        place, wishes = self.locate(samples), dict[Store, list[ShardEntry]]()
+        for number in np.unique(place.sources).tolist():
+            name = self.mixture.names[number]
+            corpus, order = self.corpora[name], self.orders[name]
+            if not corpus.remote:
+                continue
+            indices = place.indices[place.sources == number]
+            groups = sorted({order.group(int(index)) for index in (indices.min(), indices.max())})
+            corpus.hold(shard for group in groups for shard in order.shards(*group))
+            epoch, last = groups[-1]
+            following = order.shards(epoch, last + 1)
+            wishes.setdefault(corpus.store, []).extend(corpus.shards[shard] for shard in following)
+        if wishes != self._wishes:  # the same from step to step, until a group ends
+            self._wishes = wishes
+            for store, entries in wishes.items():
+                store.prefetch(entries)
+
+    def stats(self) -> dict[str, float]:
+        """What was fetched over the network so far, by this process; empty when nothing lies at a URL."""
+        stores = {corpus.store for corpus in self.corpora.values() if corpus.remote}
+        totals: dict[str, float] = {}
+        for store in stores:
+            for name, value in store.stats().items():
+                totals[name] = totals.get(name, 0.0) + value
+        return totals
+
+    def close(self) -> None:
+        """End what fetches in the background."""
+        for store in {corpus.store for corpus in self.corpora.values()}:
+            store.close()
+
+    def pieces(self, sample: int) -> tuple[str, int, list[Piece]]:
+        """(source, epoch of it, the pieces of documents that the sample reads)."""
+        place = self.locate(np.array([sample], dtype=np.int64))
+        name = self.mixture.names[int(place.sources[0])]
+        return name, int(place.epochs[0]), self.corpora[name].pieces(int(place.windows[0]))
+
+    def describe(self, samples: ArrayLike) -> str:
+        """Where the tokens of samples come from, a line each: source, epoch, window, documents. For error reports."""
+        numbers = np.atleast_1d(np.asarray(samples, dtype=np.int64))
+        place = self.locate(numbers)
+        lines = []
+        for row, sample in enumerate(numbers.tolist()):
+            name, window = self.mixture.names[int(place.sources[row])], int(place.windows[row])
+            places: dict[str, list[int]] = {}
+            for piece in self.corpora[name].pieces(window):
+                places.setdefault(piece.shard, []).append(piece.document)
+            where = ", ".join(f"{shard} {_ranges(documents)}" for shard, documents in places.items())
+            lines.append(
+                f"sample {sample}: {name}, epoch {int(place.epochs[row])}, window {window}, documents of {where}"
+            )
+        return "\n".join(lines)
+
+    # -- what a run will read ------------------------------------------------------------------------------------------
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often each source has been read when the run has passed `samples` samples."""
+        counts = self.mixture.counts(samples)
+        return {name: counts[name] / self.orders[name].n_windows for name in self.names}
+
+    def check_length(self, samples: int) -> list[str]:
+        """Look ahead to the run's end at `samples` samples, passed-over ones included.
+
+        Returns what its user should know, a line each: sources that end at max_epochs, and those read more often than
+        MANY_EPOCHS times without one. Raises DatasetError when max_epochs ends all sources before.
+        """
+        end = self.mixture.end
+        if end is not None and end < samples:
+            raise DatasetError(
+                f"the run reads {samples} samples, but max_epochs in data.sources admits {end}; raise max_epochs, add "
+                "text, or set train.steps lower"
+            )
+        lines = [
+            f"{name} has been read max_epochs times at sample {sample} of {samples}; the other sources share its place"
+            for sample, name in self.mixture.exhausted
+            if sample < samples
+        ]
+        return lines + [
+            f"{name} is read {epochs:.1f} times; more than {MANY_EPOCHS} help little: consider a lower weight, or "
+            "max_epochs to cap it"
+            for name, epochs in self.epochs(samples).items()
+            if epochs > MANY_EPOCHS and name not in self.eras[-1].most
+        ]
+
+
+def open_valid(cfg: DataConfig, seq_len: int) -> dict[str, Corpus]:
+    """The held-out split of each source of the config that has one; empty when none has."""
+    folder = CorpusFolder(cfg.corpus, reading(cfg, seq_len))
+    have = folder.manifest.splits("valid")
+    return {source.label: folder.split(source.label, "valid") for source in cfg.sources if source.label in have}
+
+
+def reading(cfg: DataConfig, seq_len: int) -> Reading:
+    """How the config has its corpus read."""
+    return Reading(seq_len, cfg.packing, cfg.document_mask, cfg.shuffle_shards, cfg.cache)
+
+
+def _era(cfg: DataConfig, corpora: dict[str, Corpus], seq_len: int) -> Era:
+    """What the config says of the mixture."""
+    given = {source.label: source.weight for source in cfg.sources if source.weight is not None}
+    weights = given or {name: float(corpus.n_tokens) for name, corpus in corpora.items()}
+    stages = [EraStage(start=0, weights=temper(weights, cfg.temperature))] + [
+        EraStage(start=-(-stage.from_tokens // seq_len), weights=temper(stage.weights, cfg.temperature))
+        for stage in cfg.stages
+    ]
+    most = {
+        source.label: max(1, math.floor(source.max_epochs * corpora[source.label].n_windows))
+        for source in cfg.sources
+        if source.max_epochs is not None
+    }
+    return Era(start=0, stages=tuple(stages), most=most)
+
+
+def _spans(skip: Sequence[SkipConfig], batch: int) -> list[tuple[int, int]]:
+    """(first, last) sample of each stretch that is left out.
+
+    An entry's steps are as the log counted them when only the entries before it were there. Raises DatasetError where
+    that is not known because documents are left out too.
+    """
+    spans: list[tuple[int, int]] = []
+    for entry in skip:
+        if entry.samples is not None:
+            spans.append(entry.samples)
+        if entry.steps is not None:
+            if any(other.documents for other in skip):
+                raise DatasetError(
+                    f"data.skip names steps {list(entry.steps)} and also documents, after which steps cannot be told "
+                    "apart; name samples instead: launcher/audit.py RUN --step K says which"
+                )
+            first, last = (entry.steps[0] - 1) * batch, entry.steps[1] * batch - 1
+            for before in sorted(spans):  # samples left out earlier have pushed these on
+                length = before[1] - before[0] + 1
+                first, last = (n + length if n >= before[0] else n for n in (first, last))
+            spans.append((first, last))
+    return spans
+
+
+def _parts(fingerprint: str) -> dict[str, str]:
+    """A corpus fingerprint's "key=value key=value" as a mapping."""
+    return dict(part.partition("=")[::2] for part in fingerprint.split())
+
+
+def _ranges(numbers: list[int]) -> str:
+    """An ascending list as "3" or "3-7" stretches: [3, 4, 5, 9] -> "3-5, 9"."""
+    stretches: list[list[int]] = []
+    for number in numbers:
+        if stretches and stretches[-1][1] == number - 1:
+            stretches[-1][1] = number
+        else:
+            stretches.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in stretches)

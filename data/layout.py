@@ -1,0 +1,231 @@
+"""How the tokens of shards are cut into windows of seq_len + 1 tokens: in a row, or by whole documents put together.
+
+A layout cuts shards into blocks and each block into windows. "windows": a shard is one block, and window w covers its
+tokens w * seq_len to (w + 1) * seq_len inclusive: neighbours share one token, the last target of one and the first
+input of the next, so that every token but a shard's first is a target once. A shard of n tokens has
+(n - 1) // seq_len of them, and its tail, seq_len tokens at most, is not read. "best_fit": a block is BLOCK_DOCUMENTS
+documents of a shard, packed by data/packing.py. The packing is a pure function of the documents' lengths and made when
+it is needed; only how many windows each block has must be known before, and launcher/prepare.py counts that
+(CORPUS/packing/best_fit-SEQ_LEN.json).
+"""
+
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from data.manifest import CorpusError, Manifest, ShardEntry, Split
+from data.packing import Packing, best_fit, count_windows, fill
+from data.shards import Shard
+
+BLOCK_DOCUMENTS = 4096
+_PACKINGS = 256  # kept in memory: some 100 KB each
+
+IntArray = NDArray[np.int64]
+
+
+class Span(NamedTuple):
+    """Consecutive tokens of one document of a shard."""
+
+    document: int
+    first: int  # place of the first token in the document
+    tokens: int
+
+
+class Layout(Protocol):
+    """What Corpus asks of a way to cut."""
+
+    name: str
+    counts_targets: bool  # whether some targets do not count, so that read says which
+    block_shards: IntArray  # (blocks,) number of each block's shard, ascending
+    windows_per_block: IntArray  # (blocks,)
+
+    def read(
+        self,
+        shard: Shard,
+        block: int,
+        window: int,
+        tokens: NDArray[np.int64],
+        documents: NDArray[np.int32] | None,
+        counted: NDArray[np.bool_] | None,
+    ) -> None:
+        """Write a window of a block to tokens (T + 1,), and where given its documents (T,) and counted targets (T,)."""
+
+    def spans(self, shard: Shard, block: int, window: int) -> list[Span]:
+        """What a window of a block consists of, in order; an empty document has no token and is not named."""
+
+
+class Contiguous:
+    """Windows in a row, across documents."""
+
+    name = "windows"
+
+    def __init__(self, shards: tuple[ShardEntry, ...], seq_len: int, document_mask: bool) -> None:
+        self.seq_len, self.counts_targets = seq_len, document_mask
+        self.block_shards = np.arange(len(shards), dtype=np.int64)
+        tokens = np.array([shard.tokens for shard in shards], dtype=np.int64)
+        self.windows_per_block = np.maximum(tokens - 1, 0) // seq_len
+
+    def read(
+        self,
+        shard: Shard,
+        block: int,
+        window: int,
+        tokens: NDArray[np.int64],
+        documents: NDArray[np.int32] | None,
+        counted: NDArray[np.bool_] | None,
+    ) -> None:
+        start = window * self.seq_len
+        tokens[:] = shard.read(start, self.seq_len + 1)
+        if documents is not None and counted is not None:
+            numbers = shard.document_numbers(start, self.seq_len + 1)
+            documents[:] = numbers[:-1] - numbers[0]
+            counted[:] = numbers[1:] == numbers[:-1]  # the first token of a document cannot be foreseen in it
+
+    def spans(self, shard: Shard, block: int, window: int) -> list[Span]:
+        spans, start, end = [], window * self.seq_len, (window + 1) * self.seq_len + 1
+        while start < end:
+            document = shard.document_at(start)
+            assert isinstance(document, int)
+            first, stop = shard.token_span(document)
+            spans.append(Span(document, start - first, min(stop, end) - start))
+            start = stop
+        return spans
+
+
+class BestFit:
+    """Whole documents put together, block by block."""
+
+    name = "best_fit"
+    counts_targets = True
+
+    def __init__(self, counts: list[list[int]], seq_len: int, pad_id: int, document_mask: bool) -> None:
+        """counts: windows of each block of each shard."""
+        self.seq_len, self.pad_id, self.document_mask = seq_len, pad_id, document_mask
+        blocks = np.array([len(of_shard) for of_shard in counts], dtype=np.int64)
+        self.block_shards = np.repeat(np.arange(len(counts)), blocks)
+        self.windows_per_block = np.array([n for of_shard in counts for n in of_shard], dtype=np.int64)
+        self._in_shard = np.arange(len(self.block_shards)) - np.repeat(np.cumsum(blocks) - blocks, blocks)
+        self._packings: OrderedDict[int, Packing] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(
+        self,
+        shard: Shard,
+        block: int,
+        window: int,
+        tokens: NDArray[np.int64],
+        documents: NDArray[np.int32] | None,
+        counted: NDArray[np.bool_] | None,
+    ) -> None:
+        base = self._first_document(block)
+
+        def piece(document: int, start: int, count: int) -> NDArray:
+            return shard.read(shard.token_span(base + document)[0] + start, count)
+
+        rows, numbers, counts = fill(self._packing(shard, block), window, piece, self.pad_id, self.document_mask)
+        tokens[:] = rows[0]
+        if documents is not None:
+            documents[:] = numbers[0]
+        if counted is not None:
+            counted[:] = counts[0]
+
+    def spans(self, shard: Shard, block: int, window: int) -> list[Span]:
+        packing, base = self._packing(shard, block), self._first_document(block)
+        pieces = range(*packing.window_offsets[window : window + 2].tolist())
+        return [
+            Span(base + int(packing.piece_document[p]), int(packing.piece_start[p]), int(packing.piece_tokens[p]))
+            for p in pieces
+        ]
+
+    def _first_document(self, block: int) -> int:
+        return int(self._in_shard[block]) * BLOCK_DOCUMENTS
+
+    def _packing(self, shard: Shard, block: int) -> Packing:
+        with self._lock:
+            if block not in self._packings:
+                first = self._first_document(block)
+                packing = best_fit(shard.lengths(first, first + BLOCK_DOCUMENTS), self.seq_len + 1)
+                if packing.n_windows != self.windows_per_block[block]:
+                    raise CorpusError(
+                        f"{shard.prefix}: block {block} packs into {packing.n_windows} windows, its count says "
+                        f"{self.windows_per_block[block]}; run launcher/prepare.py again, which counts anew"
+                    )
+                self._packings[block] = packing
+                if len(self._packings) > _PACKINGS:
+                    self._packings.popitem(last=False)
+            self._packings.move_to_end(block)
+            return self._packings[block]
+
+
+# -- the counts of best_fit ---------------------------------------------------------------------------------------------
+
+
+def counts_file(seq_len: int) -> str:
+    """Where the counts lie in a corpus folder."""
+    return f"packing/best_fit-{seq_len}.json"
+
+
+def count_best_fit(
+    folder: Path, manifest: Manifest, seq_len: int, open_shard: Callable[[str, ShardEntry], Shard]
+) -> None:
+    """Count the windows of every block and write them into the corpus folder, unless they are there.
+
+    open_shard: gives a shard of a source. Reads the indices of the shards, no tokens.
+    """
+    path = folder / counts_file(seq_len)
+    wanted = _identity(manifest)
+    if path.is_file() and json.loads(path.read_bytes())["shards"] == wanted:
+        return
+    counts = {
+        name: {
+            split: [_count(open_shard(name, entry), seq_len) for entry in part.shards]
+            for split, part in source.splits.items()
+        }
+        for name, source in manifest.sources.items()
+    }
+    path.parent.mkdir(exist_ok=True)
+    staging = path.with_name(path.name + ".tmp")
+    with open(staging, "w", encoding="utf-8") as stream:
+        json.dump({"block_documents": BLOCK_DOCUMENTS, "shards": wanted, "windows": counts}, stream)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(staging, path)
+
+
+def read_counts(payload: bytes, where: str, manifest: Manifest, source: str, split: Split) -> list[list[int]]:
+    """The counts of one split of a source. Raises CorpusError when they are of other shards or damaged."""
+    again = "run launcher/prepare.py again, which counts anew"
+    try:
+        content = json.loads(payload)
+        same = (content["block_documents"], content["shards"]) == (BLOCK_DOCUMENTS, _identity(manifest))
+        counts: list[list[int]] = content["windows"][source][split]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorpusError(f"{where} is damaged ({error!r}); {again}") from None
+    if not same:
+        raise CorpusError(f"{where} counts the windows of other shards than the corpus has; {again}")
+    return counts
+
+
+def _count(shard: Shard, seq_len: int) -> list[int]:
+    return [
+        count_windows(shard.lengths(first, first + BLOCK_DOCUMENTS), seq_len + 1)
+        for first in range(0, shard.n_documents, BLOCK_DOCUMENTS)
+    ]
+
+
+def _identity(manifest: Manifest) -> str:
+    """A hash of all indices: the lengths that the counts were made from."""
+    digest = xxhash.xxh3_64()
+    for name, source in sorted(manifest.sources.items()):
+        for split, part in sorted(source.splits.items()):
+            digest.update(f"{name} {split} {' '.join(shard.idx_xxh3 for shard in part.shards)}\n".encode())
+    return digest.hexdigest()

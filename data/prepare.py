@@ -1,267 +1,372 @@
-"""Text to a prepared corpus: units of a source become token shards, on all cores, resumable, the same bytes every time.
+"""Text to a prepared corpus: units of all sources become token shards, on all cores and nodes, the same bytes each time.
 
 CORPUS/
-  plan.json          what was asked for and the listing of the source; a folder begun with another plan is refused
-  tokenizer/         trained on the training documents, or a copy of the one named
-  train-00003.bin .idx, valid-00003.bin .idx    the documents of unit 3
-  records/00003.json what unit 3 became, written after its shards: the unit is done
-  manifest.json      written last; a folder without it is not a corpus
+  plan.json                 what was asked for and the listing of the sources; a folder begun with another is refused
+  clean/SOURCE/00003.*      which documents of unit 3 are left out, where duplicates are looked for (data/clean.py)
+  tokenizer/                trained on the training documents, or a copy of the one named
+  SOURCE/train-00003-000.bin .idx, valid-...    the documents of unit 3; a further part where there were more than thought
+  records/SOURCE/00003.json what unit 3 became, written after its shards: the unit is done
+  bad.jsonl, report.json    malformed documents, where some were left out; what the corpus holds
+  manifest.json             written last; a folder without it is not a corpus
 
 A document is held out by a hash of its text, so that equal documents fall on the same side whatever the source's order.
+Several processes, each with its part of the units, write the same corpus as one: see data/plan.py.
 """
 
-import fcntl
 import json
 import logging
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-import numpy as np
-import xxhash
-from pydantic import BaseModel, NonNegativeInt, ValidationError
+from pydantic import ValidationError
 from tqdm import tqdm
 
+from data.clean import decide, forget, is_marked
 from data.config import DataConfig
-from data.corpus import (
-    FORMAT_VERSION,
-    MANIFEST,
-    Manifest,
-    ShardEntry,
-    Split,
-    SplitEntry,
-    TokenizerEntry,
-    read_manifest,
-    shard_files,
+from data.corpus import open_shard, read_manifest, shard_files
+from data.layout import count_best_fit
+from data.manifest import MANIFEST, Manifest, ShardEntry, SourceEntry, Split, SplitEntry, TokenizerEntry
+from data.plan import Part, check_folder, check_plan, others_at_work, step, working
+from data.prepared import Pairs, Prepared, open_corpus, open_pairs, tokenizer_of
+from data.report import numbers, report
+from data.shards import Shard, token_dtype
+from data.sources import CorpusConfig, Limits, MegatronConfig, Source, Unit, open_source
+from data.store import is_url, open_store
+from data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
+from data.units import (
+    CLEAN,
+    ROLL_FACTOR,
+    TOKENIZER,
+    BadDocument,
+    Draw,
+    Pair,
+    PrepareError,
+    Rules,
+    TrainTask,
+    UnitRecord,
+    UnitTask,
+    clean_prefix,
+    held_out,
+    make_shards,
+    mark_unit,
+    record_path,
+    stop_message,
+    too_many_message,
+    train_tokenizer,
+    write_bytes,
 )
-from data.errors import DataError
-from data.shards import ShardWriter, token_dtype
-from data.sources import Skipped, Source, Unit, documents, open_source
-from data.tokenizer import Tokenizer, TokenizerConfig, train
-from data.workers import Report, run_tasks
+from data.workers import run_tasks
+
+__all__ = ["Part", "PrepareError", "held_out", "prepare", "prepare_part", "report"]
 
 log = logging.getLogger(__name__)
 
-PLAN = "plan.json"
-LOCK = ".lock"
-RECORDS = "records"
-TOKENIZER = "tokenizer"
-REPORT_EVERY_S = 0.1  # from a worker to the progress bar
-LOCK_WAIT_S = 3.0  # the processes of a preparation just killed may be a moment in ending
+BAD = "bad.jsonl"
+REPORT = "report.json"
+DECIDED = "decided.json"
 LINE_EVERY_S = 5.0  # where there is no terminal to draw a bar on
+PART_START_S = 60.0  # the parts of one job do not all start at the same moment
+PART_POLL_S = 0.2  # between looks whether other parts have marked their units
 TRAIN_READ_FACTOR = 8  # a tokenizer's sample is drawn from at most so many times its own size of text
 
 
-class PrepareError(DataError):
-    """A corpus folder that cannot be used for what is asked, or a source that cannot be split as asked."""
+Key = tuple[str, int]  # of a unit: source and number
 
 
-class UnitRecord(BaseModel, frozen=True, extra="forbid"):
-    """What a unit became."""
+class Work(NamedTuple):
+    """What a call has to do."""
 
-    shards: dict[Split, ShardEntry]  # none for a split that got no document
-    skipped: dict[str, NonNegativeInt]
-
-
-class UnitTask(NamedTuple):
-    """All that a worker needs to make a unit's shards."""
-
+    cfg: DataConfig
     folder: Path
-    unit: Unit
-    seed: int
-    valid_fraction: float
+    part: Part
+    rules: Rules
+    sources: dict[str, Source | Pairs | Prepared]  # in the config's order
+    units: list[Unit | Pair]  # of all sources
 
-
-class TrainTask(NamedTuple):
-    """All that a worker needs to train the tokenizer."""
-
-    folder: Path
-    unit: Unit
-    tokenizer: TokenizerConfig
-    seed: int
-    valid_fraction: float
+    @property
+    def own(self) -> list[Unit | Pair]:
+        """The units of this part."""
+        return self.units[self.part.number :: self.part.of]
 
 
 def prepare(cfg: DataConfig) -> Manifest:
     """Make the corpus that cfg asks for, or go on with it, or find it finished. Returns its manifest.
 
     Starts worker processes: a script that calls this needs the usual `if __name__ == "__main__"`.
-    Raises a DataError (PrepareError, SourceError, TokenizerError, CorpusError) for what the user can put right, OSError
-    for the disk, data.workers.WorkerDied when a worker is killed. Finished shards stay for the next time in every case.
+    Raises a DataError (PrepareError, SourceError, TokenizerError, CorpusError, CleanError, StoreError) for what the user
+    can put right, OSError for the disk, data.workers.WorkerDied when a worker is killed. Finished shards stay for the
+    next time in every case.
     """
-    folder = Path(cfg.corpus)
-    chosen = _chosen_tokenizer(cfg)
-    options = _options(cfg, chosen)
-    _check_folder(folder)
-    if (folder / MANIFEST).is_file():
-        _check_plan(folder, options, source=None)
-        manifest = read_manifest(folder)
-        if not (lost := _lost_files(folder, manifest)):
-            log.info("%s is finished; nothing to do", folder)
-            return manifest
-        log.warning("%s: %d files are missing or of the wrong size, as %s; their shards are made again",
-                    folder, len(lost), lost[0])  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        source = open_source(cfg.source)
-        _check_plan(folder, options, source)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        for leftover in folder.glob("*.tmp"):
-            if leftover.is_file():
-                leftover.unlink()
-        tokenizer = _tokenizer(cfg, folder, source, chosen)
-        records = _make_shards(cfg, folder, source.units(cfg.shard_bytes))
-        manifest = _manifest(cfg, source, tokenizer, records)
-        _write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+    manifest = prepare_part(cfg, Part())
+    assert manifest is not None, "the only part finds all units done"
     return manifest
 
 
-def report(manifest: Manifest) -> str:
-    """Documents, bytes, tokens and bytes a token of each split, and what was left out, as a table."""
-    rows: list[tuple[str, ...]] = [("split", "documents", "bytes", "tokens", "bytes/token")]
-    for name, split in manifest.splits.items():
-        counts = (f"{count:,}" for count in (split.documents, split.bytes, split.tokens))
-        rows.append((name, *counts, f"{split.bytes / max(split.tokens, 1):.3f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(manifest.skipped.items()))
-    return "\n".join([*lines, f"left out: {skipped or 'none'}"])
+def prepare_part(cfg: DataConfig, part: Part, seq_len: int | None = None) -> Manifest | None:
+    """Do one part's share of prepare, several processes at a time; None when units of other parts are still missing.
+
+    seq_len: of the run; with data.packing=best_fit the windows of this length are counted, too.
+    Every part must be started with the same cfg. The corpus is that of one process to the last byte, and its manifest is
+    written by whichever part finds all units done.
+    """
+    folder = Path(cfg.corpus)
+    cfg.clean.check_installed()
+    with ExitStack() as stack:
+        prepared = {
+            source.label: open_corpus(source, cfg.cache) for source in cfg.sources if isinstance(source, CorpusConfig)
+        }
+        chosen = _chosen_tokenizer(cfg, prepared, stack)
+        options = _options(cfg, chosen)
+        check_folder(folder)
+        if (manifest := _finished_corpus(cfg, folder, options)) is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with working(folder, part):
+                manifest = _prepare(_work(cfg, folder, part, prepared), options, chosen)
+        else:
+            log.info("%s is finished; nothing to do", folder)
+    if manifest is not None and seq_len is not None and cfg.packing == "best_fit":
+        _count_windows(cfg, folder, manifest, seq_len)
+    return manifest
 
 
-# -- the plan ----------------------------------------------------------------------------------------------------------
-
-
-def _chosen_tokenizer(cfg: DataConfig) -> Tokenizer | None:
-    """The existing tokenizer that the config names, if it names one."""
-    if cfg.tokenizer.path is None:
+def _prepare(work: Work, options: dict[str, Any], chosen: Tokenizer | None) -> Manifest | None:
+    folder, cfg = work.folder, work.cfg
+    with step(folder, "which writes the plan"):
+        check_plan(folder, options, {name: _listing(source) for name, source in work.sources.items()})
+        if (folder / MANIFEST).is_file():
+            manifest = read_manifest(folder)
+            if not _lost_files(folder, manifest):  # another part has just finished it
+                return manifest
+            (folder / MANIFEST).unlink()
+    if work.part.of == 1:
+        _remove_leftovers(folder)
+    if cfg.clean.two_passes and not _find_duplicates(work):
         return None
-    tokenizer = Tokenizer.load(cfg.tokenizer.path)
-    if tokenizer.vocab_size != cfg.tokenizer.vocab_size:
+    with step(folder, "which makes the tokenizer"):
+        tokenizer = _tokenizer(work, chosen)
+    records = _make_shards(work)
+    if missing := [number for number, unit in enumerate(work.units) if _key(unit) not in records]:
+        _say_missing(work, missing)
+        return None
+    with step(folder, "which writes the manifest"):
+        if (folder / MANIFEST).is_file():
+            return read_manifest(folder)
+        manifest = _manifest(work, tokenizer, records)
+        _remove_leftovers(folder)
+        for unit in work.units:
+            forget(clean_prefix(folder, unit))
+        _write_bad(work, records)
+        write_bytes(folder / REPORT, json.dumps(numbers(manifest), indent=1).encode() + b"\n")
+        write_bytes(folder / MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
+    return manifest
+
+
+# -- what is asked for -------------------------------------------------------------------------------------------------
+
+
+def _chosen_tokenizer(cfg: DataConfig, prepared: dict[str, Prepared], stack: ExitStack) -> Tokenizer | None:
+    """The existing tokenizer that config or sources name, if they name one; None: train one.
+
+    Raises PrepareError when two of them differ, its size is not the one asked for, or there is no text to train one on.
+    """
+    named = {name: source.manifest.tokenizer.fingerprint for name, source in prepared.items()}
+    if cfg.tokenizer.path is not None:
+        tokenizer = open_tokenizer(cfg.tokenizer)
+        where = f"data.tokenizer.path={cfg.tokenizer.path}"
+    elif prepared:
+        where, first = next((f"source {name!r} ({source.location})", source) for name, source in prepared.items())
+        tokenizer = stack.enter_context(tokenizer_of(first, cfg.cache))
+    elif not cfg.text_sources:
         raise PrepareError(
-            f"data.tokenizer.vocab_size={cfg.tokenizer.vocab_size}, but the tokenizer in {cfg.tokenizer.path} has "
+            "data.sources has tokens alone and nothing says which tokenizer made them; set data.tokenizer.path"
+        )
+    elif any(isinstance(source, MegatronConfig) for source in cfg.sources):
+        raise PrepareError(
+            "data.sources has a megatron source, whose tokens belong to a tokenizer that exists already; set "
+            "data.tokenizer.path to it"
+        )
+    else:
+        return None
+    for name, fingerprint in named.items():
+        if fingerprint != tokenizer.fingerprint:
+            raise PrepareError(
+                f"source {name!r} ({prepared[name].location}) was made with the tokenizer {fingerprint}, {where} has "
+                f"{tokenizer.fingerprint}; one corpus has one tokenizer: leave one of them out, or prepare its text again"
+            )
+    asked = "vocab_size" in cfg.tokenizer.model_fields_set or cfg.tokenizer.path is not None
+    if asked and cfg.tokenizer.vocab_size != tokenizer.vocab_size:
+        raise PrepareError(
+            f"data.tokenizer.vocab_size={cfg.tokenizer.vocab_size}, but the tokenizer of {where} has "
             f"{tokenizer.vocab_size}; set data.tokenizer.vocab_size={tokenizer.vocab_size}"
         )
     return tokenizer
 
 
 def _options(cfg: DataConfig, chosen: Tokenizer | None) -> dict[str, Any]:
-    """What the bytes of a corpus depend on besides the text. Where it lies and who works on it do not belong to it."""
-    options = cfg.model_dump(mode="json", exclude={"corpus", "workers"})
+    """What the bytes of a corpus depend on besides the text.
+
+    Where it lies, who works on it, and whether malformed documents stop the work do not belong to it, nor does anything
+    that is for a run to choose: weights can be changed without preparing anything again. (A tokenizer that is trained
+    here is trained on a sample by weight; it stays as it is.)
+    """
+    options = cfg.model_dump(
+        mode="json", include={"tokenizer", "shard_bytes", "valid_fraction", "seed", "max_document_bytes", "clean"}
+    )
+    options["order"] = [source.label for source in cfg.sources]
+    options["sources"] = {
+        source.label: source.model_dump(mode="json", exclude={"name", "weight", "max_epochs", "storage_options"})
+        for source in cfg.sources
+    }
+    del options["tokenizer"]["bulk"]  # the ids are the same
     if chosen is not None:
         options["tokenizer"] = {"vocab_size": chosen.vocab_size, "fingerprint": chosen.fingerprint}
     return options
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse a place that is neither new nor a corpus folder, before anything is written to it."""
-    if folder.exists() and not folder.is_dir():
-        raise PrepareError(f"data.corpus={folder} is a file; name a folder, which is made if it does not exist")
-    if folder.is_dir() and not (folder / PLAN).is_file():
-        strangers = sorted(entry.name for entry in folder.iterdir() if entry.name not in (LOCK, f"{PLAN}.tmp"))
-        if strangers:
-            raise PrepareError(
-                f"{folder} holds other things ({', '.join(strangers[:3])}) and no {PLAN}; set data.corpus to a folder "
-                "that is empty or does not exist"
-            )
+def _finished_corpus(cfg: DataConfig, folder: Path, options: dict[str, Any]) -> Manifest | None:
+    """The manifest of a finished corpus with nothing missing; its text may be gone."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    check_plan(folder, options, listing=None)
+    manifest = read_manifest(folder)
+    if lost := _lost_files(folder, manifest):
+        log.warning("%s: %d files are missing or of the wrong size, as %s; their shards are made again",
+                    folder, len(lost), lost[0])  # fmt: skip
+        return None
+    if (folder / BAD).is_file():
+        with open(folder / BAD, encoding="utf-8") as stream:
+            for count, line in enumerate(stream, 1):
+                listed = json.loads(line)
+                _check_bad(cfg, count, listed.pop("source"), [BadDocument(**listed)])
+    return manifest
 
 
-def _check_plan(folder: Path, options: dict[str, Any], source: Source | None) -> None:
-    """Compare with the plan that the folder was begun with; in an empty folder, write it.
+def _work(cfg: DataConfig, folder: Path, part: Part, prepared: dict[str, Prepared]) -> Work:
+    """List the sources and cut them into units."""
+    limits = Limits(cfg.max_document_bytes)
+    sources: dict[str, Source | Pairs | Prepared] = {}
+    for source in cfg.sources:
+        if isinstance(source, CorpusConfig):
+            sources[source.label] = prepared[source.label]
+        elif isinstance(source, MegatronConfig):
+            sources[source.label] = open_pairs(source)
+        else:
+            sources[source.label] = open_source(source, limits)
+    units: list[Unit | Pair] = []
+    for opened in sources.values():
+        if not isinstance(opened, Prepared):
+            units += opened.units(cfg.shard_bytes)
+    rules = Rules(cfg.seed, cfg.valid_fraction, cfg.clean, cfg.max_bad if cfg.on_bad == "skip" else None)
+    return Work(cfg, folder, part, rules, sources, units)
 
-    source: None when the corpus is finished and its text may be gone; then the listing is not compared.
-    """
-    path = folder / PLAN
-    if not path.is_file():
-        assert source is not None, "_check_folder lets no manifest without a plan through"
-        _write_json(path, {"format_version": FORMAT_VERSION, "options": options, "listing": _listing(source)})
+
+def _listing(source: Source | Pairs | Prepared) -> dict[str, Any]:
+    return {**source.describe(), "fingerprint": source.fingerprint}
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Files under staging names, left by a process that was killed. No part may be writing."""
+    for leftover in folder.rglob("*.tmp"):
+        if leftover.is_file() and TOKENIZER not in leftover.relative_to(folder).parts[0]:
+            leftover.unlink(missing_ok=True)
+
+
+# -- duplicates --------------------------------------------------------------------------------------------------------
+
+
+def _find_duplicates(work: Work) -> bool:
+    """Mark this part's units, and decide once all are marked. False when no part is at work on those that are missing."""
+    decided = work.folder / CLEAN / DECIDED
+    if decided.is_file():
+        return True
+    texts = [unit for unit in work.units if isinstance(unit, Unit)]
+    waiting = [unit for unit in work.own if isinstance(unit, Unit) and not _is_marked(work, unit)]
+    log.info("looking for duplicates: %d of %d units are to be marked here", len(waiting), len(texts))
+    n_bad = 0
+    for unit, bad in _run(work, mark_unit, waiting):
+        n_bad += len(bad)
+        _check_bad(work.cfg, n_bad, unit.source, bad)
+    seen = time.monotonic()  # all whose units are missing at work
+    while not decided.is_file():
+        busy = others_at_work(
+            work.folder, work.part
+        )  # before the look at what is missing: who ends has marked its units
+        missing = [n for n, unit in enumerate(work.units) if isinstance(unit, Unit) and not _is_marked(work, unit)]
+        if not missing:
+            with step(work.folder, "which decides on duplicates"):
+                _decide(work, texts)
+            continue
+        absent = sorted({number % work.part.of for number in missing} - set(busy))
+        seen = seen if absent else time.monotonic()
+        if time.monotonic() - seen > PART_START_S:
+            log.info("%d of %d units are not yet marked for the search for duplicates, and no process is at work on part "
+                     "%s; start it, and then this one again",
+                     len(missing), len(texts), ", ".join(map(str, absent)))  # fmt: skip
+            return False
+        time.sleep(PART_POLL_S)
+    return True
+
+
+def _is_marked(work: Work, unit: Unit) -> bool:
+    return is_marked(clean_prefix(work.folder, unit))
+
+
+def _decide(work: Work, texts: Sequence[Unit]) -> None:
+    decided = work.folder / CLEAN / DECIDED
+    if decided.is_file():
         return
-    try:
-        plan = json.loads(path.read_bytes())
-        before = {"format_version": plan["format_version"], **_flat({"data": plan["options"]})}
-        listing = plan["listing"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise PrepareError(f"{path} is damaged ({error!r}); delete {folder} and prepare it again") from None
-    now = {"format_version": FORMAT_VERSION, **_flat({"data": options})}
-    if source is not None:
-        before, now = before | _flat({"source": listing}), now | _flat({"source": _listing(source)})
-    differs = [
-        f"  {key}: {before.get(key, 'not set')} in the folder, {now.get(key, 'not set')} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if differs:
-        raise PrepareError(
-            "\n".join([f"{folder} was begun with other options or other text, and the two are never mixed:", *differs])
-            + "\nput these back, set data.corpus to another folder, or delete this one"
-        )
-
-
-def _listing(source: Source) -> dict[str, Any]:
-    return {**source.describe(), "files": source.fingerprint}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One preparation of a folder at a time; the lock ends with the process, however it ends."""
-    give_up = time.monotonic() + LOCK_WAIT_S
-    with open(folder / LOCK, "w") as stream:
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up:
-                    raise PrepareError(
-                        f"{folder} is being prepared by another process; wait for it, or stop it first"
-                    ) from None
-                time.sleep(0.05)
-        yield
+    began = time.perf_counter()
+    prefixes = [clean_prefix(work.folder, unit) for unit in texts]
+    decide(prefixes, work.cfg.clean)
+    write_bytes(decided, json.dumps({"units": len(texts)}).encode() + b"\n")
+    log.info("decided on duplicates in %.1f s", time.perf_counter() - began)
 
 
 # -- the tokenizer -----------------------------------------------------------------------------------------------------
 
 
-def _tokenizer(cfg: DataConfig, folder: Path, source: Source, chosen: Tokenizer | None) -> Tokenizer:
+def _tokenizer(work: Work, chosen: Tokenizer | None) -> Tokenizer:
     """The corpus's tokenizer: the one an earlier start left, a copy of the chosen one, or a newly trained one."""
-    path = folder / TOKENIZER
-    if path.exists():
-        return Tokenizer.load(path)
-    if chosen is not None:
+    path = work.folder / TOKENIZER
+    cfg = work.cfg.tokenizer
+    if chosen is not None and not path.exists():
         chosen.save(path)
-        return Tokenizer.load(path)
+    if path.exists():
+        return load_tokenizer(path, cfg.bulk)
     log.info("training a %s tokenizer of %d pieces on at most %.0f MiB of text",
-             cfg.tokenizer.model_type, cfg.tokenizer.vocab_size, cfg.tokenizer.train_bytes / 2**20)  # fmt: skip
+             cfg.model_type, cfg.vocab_size, cfg.train_bytes / 2**20)  # fmt: skip
     began = time.perf_counter()
-    stride = max(1, source.n_bytes // (TRAIN_READ_FACTOR * cfg.tokenizer.train_bytes))
-    unit = Unit(0, source.files[::stride], source.skip_undecodable)
-    task = TrainTask(path, unit, cfg.tokenizer, cfg.seed, cfg.valid_fraction)
+    task = TrainTask(path, _draws(work), cfg, work.rules)
     # in a process of its own: SentencePiece cannot be interrupted, and may end the process that it runs in
     for _ in run_tasks(train_tokenizer, [task], 1, on_report=_no_report):
         log.info("tokenizer trained in %.1f s", time.perf_counter() - began)
-    return Tokenizer.load(path)
+    return load_tokenizer(path, cfg.bulk)
 
 
-def train_tokenizer(task: TrainTask, _: Report) -> None:
-    """Train on documents that are not held out. Runs in a worker."""
-    texts = (
-        document.text
-        for document in documents(task.unit)
-        if not isinstance(document, Skipped) and not held_out(document.text.encode(), task.seed, task.valid_fraction)
-    )
-    train(texts, task.folder, task.tokenizer)
+def _draws(work: Work) -> tuple[Draw, ...]:
+    """What to train on: of each source so many bytes as its weight says, or its size where there are no weights.
+
+    A source with less text than that gives all it has, and the sample is smaller. Of a large source units at equal
+    distances are read, not all.
+    """
+    texts = {name: source for name, source in work.sources.items() if isinstance(source, Source)}
+    weights = {source.label: source.weight for source in work.cfg.sources if source.label in texts}
+    shares = [weights[name] or float(source.n_bytes) for name, source in texts.items()]
+    ends = [round(work.cfg.tokenizer.train_bytes * share / sum(shares)) for share in accumulate(shares)]
+    draws = []
+    for (name, source), begin, end in zip(texts.items(), [0, *ends], ends, strict=False):
+        budget = end - begin
+        stride = max(1, source.n_bytes // (TRAIN_READ_FACTOR * max(budget, 1)))
+        units = [unit for unit in work.units if isinstance(unit, Unit) and unit.source == name]
+        draws.append(Draw(tuple(units[::stride]), budget))
+    return tuple(draws)
 
 
 def _no_report(*_: int) -> None:
@@ -271,78 +376,62 @@ def _no_report(*_: int) -> None:
 # -- the shards --------------------------------------------------------------------------------------------------------
 
 
-def held_out(text: bytes, seed: int, valid_fraction: float) -> bool:
-    """Whether a document belongs to the held-out split: a hash of its UTF-8 text and the seed, below the fraction."""
-    return xxhash.xxh3_64_intdigest(text, seed=seed) < int(valid_fraction * 2**64)
+def _make_shards(work: Work) -> dict[Key, UnitRecord]:
+    """Do this part's units. Returns the records that are there afterwards, of all parts."""
+    own = {_key(unit): record for unit in work.own if (record := _finished(work.folder, unit)) is not None}
+    waiting = [unit for unit in work.own if _key(unit) not in own]
+    if own:
+        log.info("%d of %d units are finished already", len(own), len(work.own))
+    n_bad = 0
+    for (source, _), record in own.items():
+        n_bad += len(record.bad)
+        _check_bad(work.cfg, n_bad, source, record.bad)
+    for unit, record in _run(work, make_shards, waiting):
+        own[_key(unit)] = record
+        n_bad += len(record.bad)
+        _check_bad(work.cfg, n_bad, unit.source, record.bad)
+    if work.part.of == 1:
+        return own
+    found = {_key(unit): record for unit in work.units if (record := _finished(work.folder, unit)) is not None}
+    n_bad = 0
+    for (source, _), record in found.items():
+        n_bad += len(record.bad)
+        _check_bad(work.cfg, n_bad, source, record.bad)
+    return found
 
 
-def _make_shards(cfg: DataConfig, folder: Path, units: list[Unit]) -> list[UnitRecord]:
-    """The records of all units, in order; those that an earlier start finished are taken as they are."""
-    (folder / RECORDS).mkdir(exist_ok=True)
-    records = {unit.number: record for unit in units if (record := _finished(folder, unit)) is not None}
-    waiting = [unit for unit in units if unit.number not in records]
-    if records:
-        log.info("%d of %d shards are finished already", len(records), len(units))
-    tasks = [UnitTask(folder, unit, cfg.seed, cfg.valid_fraction) for unit in waiting]
-    with _progress(total=sum(unit.n_bytes for unit in waiting)) as advance:
-        for task, record in run_tasks(make_shards, tasks, cfg.workers or _cores(), on_report=advance):
-            records[task.unit.number] = record
-    return [records[unit.number] for unit in units]
+def _run(
+    work: Work, task: Callable[[UnitTask, Any], Any], units: Sequence[Unit | Pair]
+) -> Iterator[tuple[Unit | Pair, Any]]:
+    """(unit, result) of a task for all units in worker processes, the largest first, with a progress bar."""
+    ordered = sorted(units, key=lambda unit: -unit.n_bytes)
+    tasks = [
+        UnitTask(work.folder, unit, work.rules, ROLL_FACTOR * work.cfg.shard_bytes, work.cfg.tokenizer.bulk)
+        for unit in ordered
+    ]
+    with _progress(total=sum(unit.n_bytes for unit in units)) as advance:
+        for done, result in run_tasks(task, tasks, work.cfg.workers or _cores(), on_report=advance):
+            yield done.unit, result
 
 
-def make_shards(task: UnitTask, tell: Report) -> UnitRecord:
-    """Tokenize a unit's documents into its shards and record them. Runs in a worker."""
-    tokenizer = _load_tokenizer(task.folder / TOKENIZER)
-    dtype = token_dtype(tokenizer.vocab_size)
-    eos = np.array([tokenizer.eos_id], dtype=np.int32)
-    skipped: Counter[str] = Counter()
-    text_bytes: Counter[Split] = Counter()
-    with ExitStack() as stack:
-        writers: dict[Split, ShardWriter] = {}
-        due, n_documents, n_bytes = time.perf_counter() + REPORT_EVERY_S, 0, 0
-        for document in documents(task.unit):
-            n_documents += 1
-            if isinstance(document, Skipped):
-                skipped[document.reason] += 1
-                continue
-            text = document.text.encode()
-            split: Split = "valid" if held_out(text, task.seed, task.valid_fraction) else "train"
-            if split not in writers:
-                writers[split] = stack.enter_context(ShardWriter(task.folder / _shard_name(split, task.unit), dtype))
-            writers[split].add(np.concatenate([tokenizer.encode(document.text), eos]))
-            text_bytes[split] += len(text)
-            n_bytes += len(text)
-            if time.perf_counter() > due:
-                tell(n_documents, n_bytes)
-                due, n_documents, n_bytes = time.perf_counter() + REPORT_EVERY_S, 0, 0
-        tell(n_documents, n_bytes)
-        shards = {
-            split: ShardEntry(
-                name=_shard_name(split, task.unit), bytes=text_bytes[split], **writers[split].close()._asdict()
-            )
-            for split in sorted(writers)
-        }
-    record = UnitRecord(shards=shards, skipped=dict(skipped))
-    _write_json(_record_path(task.folder, task.unit), record.model_dump(mode="json"))
-    return record
+def _key(unit: Unit | Pair) -> Key:
+    return unit.source, unit.number
 
 
-@lru_cache(maxsize=1)
-def _load_tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.load(folder)
+def _check_bad(cfg: DataConfig, count: int, source: str, bad: Sequence[BadDocument]) -> None:
+    """Refuse malformed documents where none are allowed or, with all of them so far, too many; bad: the latest.
+
+    Once enough are found the corpus cannot come to be, whoever finds them and in which order.
+    """
+    if bad and cfg.on_bad == "stop":
+        raise PrepareError(stop_message(source, bad[0].message))
+    if bad and count > cfg.max_bad:
+        raise PrepareError(too_many_message(count, cfg.max_bad, source, bad[-1].message))
 
 
-def _shard_name(split: Split, unit: Unit) -> str:
-    return f"{split}-{unit.number:05d}"
-
-
-def _record_path(folder: Path, unit: Unit) -> Path:
-    return folder / RECORDS / f"{unit.number:05d}.json"
-
-
-def _finished(folder: Path, unit: Unit) -> UnitRecord | None:
+def _finished(folder: Path, unit: Unit | Pair) -> UnitRecord | None:
     """The unit's record, if there is one and its shards are there in their full size."""
-    path = _record_path(folder, unit)
+    path = record_path(folder, unit)
     if not path.is_file():
         return None
     try:
@@ -350,7 +439,8 @@ def _finished(folder: Path, unit: Unit) -> UnitRecord | None:
     except ValidationError:
         log.warning("%s is damaged; the unit is done again", path)
         return None
-    if any(lost for shard in record.shards.values() for lost in _lost(folder, shard)):
+    place = Path(unit.folder) if isinstance(unit, Pair) else folder
+    if any(lost for shards in record.shards.values() for shard in shards for lost in _lost(place, shard)):
         return None
     return record
 
@@ -360,48 +450,123 @@ def _lost(folder: Path, shard: ShardEntry) -> list[Path]:
 
 
 def _lost_files(folder: Path, manifest: Manifest) -> list[Path]:
-    """Files of a finished corpus that are missing or of another size."""
-    return [file for split in manifest.splits.values() for shard in split.shards for file in _lost(folder, shard)]
+    """Files of a finished corpus that are missing or of another size; those at URLs are not looked at."""
+    return [
+        file
+        for source in manifest.sources.values()
+        if source.folder is None or not is_url(source.folder)
+        for split in source.splits.values()
+        for shard in split.shards
+        for file in _lost(Path(source.folder or folder), shard)
+    ]
 
 
-def _manifest(cfg: DataConfig, source: Source, tokenizer: Tokenizer, records: list[UnitRecord]) -> Manifest:
-    wanted: tuple[Split, ...] = get_args(Split) if cfg.valid_fraction > 0 else ("train",)
-    splits = {
-        split: SplitEntry(shards=tuple(record.shards[split] for record in records if split in record.shards))
-        for split in wanted
-    }
-    n_documents = sum(split.documents for split in splits.values())
-    for name, split in splits.items():
-        if not split.documents:
-            raise PrepareError(
-                f"no document of {n_documents} fell into the {name} split with data.valid_fraction={cfg.valid_fraction}"
-                f" and data.seed={cfg.seed}: too few documents for it. Use more documents or a data.valid_fraction "
-                f"nearer to 0.5 (0 for no held-out split), and delete {cfg.corpus}"
-            )
-    skipped: Counter[str] = Counter()
-    for record in records:
-        skipped.update(record.skipped)
+def _say_missing(work: Work, missing: Sequence[int]) -> None:
+    parts = sorted({number % work.part.of for number in missing})
+    busy = others_at_work(work.folder, work.part)
+    idle = [str(part) for part in parts if part not in busy]
+    log.info(
+        "part %d/%d is done; %d of %d units of other parts are still missing%s. The part that finishes last writes the "
+        "manifest",
+        work.part.number, work.part.of, len(missing), len(work.units),
+        f", and no process is at work on part {', '.join(idle)}: start it" if idle else "",
+    )  # fmt: skip
+
+
+# -- the manifest ------------------------------------------------------------------------------------------------------
+
+
+def _manifest(work: Work, tokenizer: Tokenizer, records: dict[Key, UnitRecord]) -> Manifest:
+    entries = {}
+    for name, source in work.sources.items():
+        if isinstance(source, Prepared):
+            entries[name] = source.entry
+        else:
+            own = [records[_key(unit)] for unit in work.units if unit.source == name]
+            entries[name] = _entry(work.cfg, source, own)
+    if work.cfg.valid_fraction > 0 and work.cfg.text_sources:
+        without = [name for name, entry in entries.items() if "valid" not in entry.splits]
+        if len(without) == len(entries):
+            documents = sum(entry.splits["train"].documents for entry in entries.values())
+            raise PrepareError(_no_document(work.cfg, f"of {documents}", "valid"))
+        if without:
+            log.warning("no document of %s is held out, so that there is no validation loss of it", ", ".join(without))
     return Manifest(
         tokenizer=TokenizerEntry(
             fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id
         ),
         dtype=token_dtype(tokenizer.vocab_size).name,
-        source=source.describe(),
-        seed=cfg.seed,
-        skipped=dict(skipped),
+        seed=work.cfg.seed,
+        sources=entries,
+    )
+
+
+def _entry(cfg: DataConfig, source: Source | Pairs, records: Sequence[UnitRecord]) -> SourceEntry:
+    """Raises PrepareError when no document is left to train on."""
+    left_out: Counter[str] = Counter()
+    for record in records:
+        left_out.update(record.left_out)
+    splits: dict[Split, SplitEntry] = {}
+    for split in ("train", "valid"):
+        shards = tuple(shard for record in records for shard in record.shards.get(split, ()))
+        if shards:
+            splits[split] = SplitEntry(shards=shards)
+    if "train" not in splits:
+        if "valid" in splits:
+            raise PrepareError(_no_document(cfg, f"of {splits['valid'].documents} of source {source.name!r}", "train"))
+        why = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
+        raise PrepareError(
+            f"all {left_out.total():,} documents of source {source.name!r} are left out ({why}); leave it out of "
+            f"data.sources or change what is left out (data.clean, data.on_bad), and delete {cfg.corpus}"
+        )
+    return SourceEntry(
+        kind=source.kind,
+        folder=source.folder if isinstance(source, Pairs) else None,
+        about=source.describe(),
+        left_out=dict(sorted(left_out.items())),
+        unknown_tokens=sum(record.unknown_tokens for record in records),
         splits=splits,
     )
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Whole or absent: under a staging name, on disk, then renamed."""
-    staging = path.with_name(path.name + ".tmp")
-    with open(staging, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(staging, path)
+def _no_document(cfg: DataConfig, of_what: str, split: Split) -> str:
+    return (
+        f"no document {of_what} fell into the {split} split with data.valid_fraction={cfg.valid_fraction} and "
+        f"data.seed={cfg.seed}: too few documents for it. Use more documents or a data.valid_fraction nearer to 0.5 "
+        f"(0 for no held-out split), and delete {cfg.corpus}"
+    )
+
+
+def _write_bad(work: Work, records: dict[Key, UnitRecord]) -> None:
+    """List the malformed documents that were left out, a JSON object a line, in the order of the sources."""
+    lines = [
+        json.dumps({"source": unit.source, **bad.model_dump()}, ensure_ascii=False) + "\n"
+        for unit in work.units
+        for bad in records[_key(unit)].bad
+    ]
+    if lines:
+        write_bytes(work.folder / BAD, "".join(lines).encode(errors="backslashreplace"))
+    else:
+        (work.folder / BAD).unlink(missing_ok=True)
+
+
+def _count_windows(cfg: DataConfig, folder: Path, manifest: Manifest, seq_len: int) -> None:
+    """Write how many windows of seq_len tokens each block packs into, which a run needs to know before it starts."""
+    with ExitStack() as stores:
+        places = {
+            name: stores.enter_context(open_store(source.folder or folder, cfg.cache))
+            for name, source in manifest.sources.items()
+        }
+        leases = stores.enter_context(ExitStack())
+
+        def open_next(source: str, entry: ShardEntry) -> Shard:
+            leases.close()  # one shard at a time
+            shard, lease = open_shard(places[source], entry)
+            leases.enter_context(lease)
+            return shard
+
+        with step(folder, "which counts the windows of best_fit"):
+            count_best_fit(folder, manifest, seq_len, open_next)
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------
@@ -427,6 +592,10 @@ def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
                 log.info(_progress_line(done["documents"], done["bytes"], total, now - began))
 
         yield advance
+    if done:
+        seconds = time.perf_counter() - began
+        log.info("%.1f MB, %s documents in %.1f s, %.1f MB/s",
+                 done["bytes"] / 1e6, f"{done['documents']:,}", seconds, done["bytes"] / 1e6 / seconds)  # fmt: skip
 
 
 def _progress_line(n_documents: int, n_bytes: int, total: int, seconds: float) -> str:

@@ -2,36 +2,53 @@
 
     python launcher/prepare.py --config configs/R.yaml
     python launcher/prepare.py --config configs/R.yaml data.tokenizer.vocab_size=4096 data.corpus=corpora/small
+    python launcher/prepare.py --config configs/R.yaml data.on_bad=skip data.clean.exact=true
 
-Which text, which tokenizer and which folder: the recipe's data section. All cores take part. Stopped at any point, the
-same command goes on with the shards that are not finished. Exit codes: 0 done, 1 the machine failed, 2 something asked
-for cannot be done, 130 stopped by Ctrl-C.
+Which texts, which tokenizer and which folder: the recipe's data section. All cores take part. Stopped at any point, the
+same command goes on with the units that are not finished.
+
+Several nodes share the work when each is started with a part of it, on a file system that all of them see:
+
+    python launcher/prepare.py --config configs/R.yaml --part 0/4        # and 1/4, 2/4, 3/4 elsewhere
+    sbatch --array=0-3 --wrap "python launcher/prepare.py --config configs/R.yaml"
+    srun -n 4 python launcher/prepare.py --config configs/R.yaml
+
+Under an array or srun the part comes from SLURM's variables. The part that finishes last writes the manifest; one that
+ends before says how much is missing. Where duplicates are looked for (data.clean), parts wait for each other once, so
+all should run at the same time; those that end early for that are to be started again.
+
+Exit codes: 0 done, or this part done; 1 the machine failed; 2 something asked for cannot be done; 130 stopped by Ctrl-C.
 """
 
 import argparse
 import logging
+import os
+import re
+import shlex
 import sys
+from collections.abc import Mapping
 
-from data.errors import DataError
-from data.prepare import prepare, report
-from data.workers import WorkerDied
+# the rest is imported in main: worker processes import this file again, and the whole config brings in the model and torch
 
 
 def main(arguments: list[str] | None = None) -> int:
-    # not at the top: worker processes import this file again, and the whole config brings in the model and torch
+    from data.errors import DataError
+    from data.prepare import Part, PrepareError, prepare_part, report
+    from data.workers import WorkerDied
     from launcher.config import ConfigError, load_config
 
-    parser = argparse.ArgumentParser(
-        prog="python launcher/prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="recipe, a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
-    args = parser.parse_args(arguments)
+    args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     again = "finished shards are kept: run the same command to go on"
     try:
-        cfg = load_config(args.config, args.overrides).data
-        manifest = prepare(cfg)
+        number, of = part_of(args.part, os.environ)
+        if not 0 <= number < of:
+            raise PrepareError(f"part {number}/{of} does not exist; parts are numbered 0/{of} to {of - 1}/{of}")
+        recipe = load_config(args.config, args.overrides)
+        if of > 1:
+            print(f"part       {number}/{of}", flush=True)
+        cfg = recipe.data
+        manifest = prepare_part(cfg, Part(number, of), recipe.model.seq_len)
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -41,12 +58,56 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; {again}", file=sys.stderr)
         return 130
+    if manifest is None:
+        return 0
     print(report(manifest))
-    n_shards = sum(len(split.shards) for split in manifest.splits.values())
-    print(f"corpus     {cfg.corpus}: {n_shards} shards, {manifest.dtype} tokens")
+    n_shards = sum(len(split.shards) for source in manifest.sources.values() for split in source.splits.values())
+    print(f"corpus     {cfg.corpus}: {n_shards} shards, {manifest.dtype} tokens; report.json has the table's numbers")
+    if n_bad := sum(count for source in manifest.sources.values() for reason, count in source.left_out.items()
+                    if reason.startswith("bad:")):  # fmt: skip
+        print(f"malformed  {cfg.corpus}/bad.jsonl: {n_bad:,} documents left out")
     print(f"tokenizer  {cfg.corpus}/tokenizer: {manifest.tokenizer.vocab_size} pieces")
-    print(f"next       deepspeed launcher/pretrain.py {' '.join(['--config', args.config, *args.overrides])}")
+    print(f"next       deepspeed launcher/pretrain.py {shlex.join(['--config', args.config, *args.overrides])}")
     return 0
+
+
+def part_of(asked: str | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """(number, of): the part asked for as "I/N", else this task's among those of a SLURM array and of srun.
+
+    A batch script itself is task 0 of so many as sbatch was told (SLURM_PROCID, SLURM_NTASKS), though it runs alone; only
+    in a step of srun (SLURM_STEP_ID) does each of them run. Raises ConfigError for what is not I/N.
+    """
+    from launcher.config import ConfigError
+
+    if asked is not None:
+        if not (found := re.fullmatch(r"(\d+)/(\d+)", asked)):
+            raise ConfigError(f"--part {asked}; expected I/N such as 0/4, the first of four parts")
+        return int(found[1]), int(found[2])
+    number, of = 0, 1
+    if (count := int(environment.get("SLURM_ARRAY_TASK_COUNT", 1))) > 1:
+        first, stride = (
+            int(environment.get("SLURM_ARRAY_TASK_MIN", 0)),
+            int(environment.get("SLURM_ARRAY_TASK_STEP", 1)),
+        )
+        number, of = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // max(stride, 1), count
+        if not 0 <= number < of:
+            raise ConfigError(
+                f"SLURM_ARRAY_TASK_ID={environment['SLURM_ARRAY_TASK_ID']} is none of {of} equal steps from {first}; "
+                "use an array without gaps such as --array=0-3, or --part"
+            )
+    if "SLURM_STEP_ID" in environment and (tasks := int(environment.get("SLURM_NTASKS", 1))) > 1:
+        number, of = number * tasks + int(environment["SLURM_PROCID"]), of * tasks
+    return number, of
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python launcher/prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="recipe, a YAML file")
+    parser.add_argument("--part", metavar="I/N", help="do the units whose number is I modulo N (0/N to N-1/N)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    return parser
 
 
 if __name__ == "__main__":

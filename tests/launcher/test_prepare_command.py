@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.config import ConfigError
+from launcher.prepare import part_of
+
 ROOT = Path(__file__).parents[2]
 LIBRARY = sysconfig.get_path("stdlib")
 RECIPE = f"""
@@ -18,7 +21,7 @@ model: {{vocab_size: 512, seq_len: 32, d_model: 32, n_layers: 1, n_heads: 2, d_f
 optim: {{warmup_steps: 0}}
 train: {{steps: 1, global_batch_size: 2}}
 data:
-  source: {{kind: text, paths: ["{LIBRARY}/email/*.py"]}}
+  sources: [{{kind: text, paths: ["{LIBRARY}/email/*.py"]}}]
   tokenizer: {{vocab_size: 500, train_bytes: 131072}}
   shard_bytes: 65536
   valid_fraction: 0.2
@@ -35,11 +38,18 @@ def command(recipe, *overrides):
     return [sys.executable, "launcher/prepare.py", "--config", str(recipe), *overrides]
 
 
-def run(recipe, *overrides):
+def environment(**more):
+    """Ours without what a job of SLURM may have left in it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")} | {
+        "PYTHONPATH": str(ROOT), **more
+    }  # fmt: skip
+
+
+def run(recipe, *overrides, **more):
     return subprocess.run(
         command(recipe, *overrides),
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=environment(**more),
         capture_output=True,
         text=True,
     )
@@ -50,6 +60,7 @@ def test_prepares_says_what_it_wrote_and_what_comes_next(recipe, tmp_path):
     done = run(recipe, override)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{tmp_path}/corpus: " in done.stdout
+    assert "left out: " in done.stdout
     assert f"next       deepspeed launcher/pretrain.py --config {recipe} {override}" in done.stdout
     assert (tmp_path / "corpus" / "manifest.json").is_file()
     again = run(recipe, override)
@@ -62,7 +73,9 @@ def test_prepares_says_what_it_wrote_and_what_comes_next(recipe, tmp_path):
     [
         ("data.seedd=1", 2, "seedd"),
         ("data.corpus={folder}", 2, "holds other things (recipe.yaml) and no plan.json"),
-        ("data.source.paths=[/nowhere/*.txt]", 2, "'/nowhere/*.txt' matches no file"),
+        ("data.sources=[{{kind: text, paths: [/nowhere/*.txt]}}]", 2, "'/nowhere/*.txt' matches no file"),
+        ("--part=2/2", 2, "part 2/2 does not exist; parts are numbered 0/2 to 1/2"),
+        ("--part=1of2", 2, "--part 1of2; expected I/N such as 0/4, the first of four parts"),
         ("data.corpus={folder}/recipe.yaml/corpus", 1, "finished shards are kept: run the same command to go on"),
     ],
 )
@@ -74,9 +87,66 @@ def test_what_cannot_be_done_is_said_without_a_traceback(recipe, tmp_path, overr
     assert "Traceback" not in done.stderr
 
 
+def test_parts_share_the_work_and_the_last_writes_the_manifest(recipe, tmp_path):
+    """The first part is asked for, the second comes from a SLURM array; and srun under sbatch counts, sbatch does not."""
+    override = f"data.corpus={tmp_path}/corpus"
+    first = run(recipe, override, "--part", "0/2")
+    assert (first.returncode, first.stderr) == (0, "")
+    assert "part 0/2 is done; " in first.stdout
+    assert "start it. The part that finishes last writes the manifest" in first.stdout
+    assert not (tmp_path / "corpus" / "manifest.json").exists()
+    second = run(recipe, override, SLURM_ARRAY_TASK_ID="8", SLURM_ARRAY_TASK_MIN="7", SLURM_ARRAY_TASK_COUNT="2")
+    assert (second.returncode, second.stderr) == (0, "")
+    assert "next       deepspeed launcher/pretrain.py --config" in second.stdout
+    assert (tmp_path / "corpus" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"ARRAY_TASK_COUNT": 4, "ARRAY_TASK_ID": 3, "ARRAY_TASK_MIN": 0}, (3, 4)),
+        ({"ARRAY_TASK_COUNT": 3, "ARRAY_TASK_ID": 9, "ARRAY_TASK_MIN": 1, "ARRAY_TASK_STEP": 4}, (2, 3)),
+        ({"ARRAY_TASK_COUNT": 1, "ARRAY_TASK_ID": 5, "ARRAY_TASK_MIN": 5}, (0, 1)),
+        ({"PROCID": 0, "NTASKS": 8}, (0, 1)),  # the batch script of sbatch -n 8: it runs once
+        ({"PROCID": 5, "NTASKS": 8, "STEP_ID": 0}, (5, 8)),
+        (
+            {"ARRAY_TASK_COUNT": 2, "ARRAY_TASK_ID": 1, "ARRAY_TASK_MIN": 0, "PROCID": 2, "NTASKS": 3, "STEP_ID": 1},
+            (5, 6),
+        ),
+    ],
+)
+def test_part_from_slurm(variables, expected):
+    environment = {f"SLURM_{name}": str(value) for name, value in variables.items()}
+    assert part_of(None, environment) == expected
+    assert part_of("1/7", environment) == (1, 7)
+
+
+def test_an_array_with_gaps_is_refused():
+    environment = {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_MIN": "1"}
+    with pytest.raises(
+        ConfigError, match=r"SLURM_ARRAY_TASK_ID=9 is none of 3 equal steps from 1; use an array without"
+    ):
+        part_of(None, environment)
+
+
+def test_malformed_documents_are_told_of(recipe, tmp_path):
+    (tmp_path / "some.jsonl").write_text('{"text": "some text"}\n{"text": \n' + '{"text": "some other text"}\n' * 20)
+    source = f"data.sources=[{{kind: jsonl, paths: [{tmp_path}/some.jsonl], field: text}}]"
+    overrides = [source, f"data.corpus={tmp_path}/corpus", "data.valid_fraction=0", "data.tokenizer.vocab_size=290"]
+    stopped = run(recipe, *overrides)
+    assert stopped.returncode == 2
+    assert "some.jsonl" in stopped.stderr
+    assert "data.on_bad=skip" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    done = run(recipe, *overrides, "data.on_bad=skip")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"malformed  {tmp_path}/corpus/bad.jsonl: 1 documents left out" in done.stdout
+
+
 def test_ctrl_c_says_how_to_go_on(recipe, tmp_path):
     with subprocess.Popen(
-        command(recipe, f"data.corpus={tmp_path}/corpus"), cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        command(recipe, f"data.corpus={tmp_path}/corpus"), cwd=ROOT, env=environment(),
         start_new_session=True, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         while not (tmp_path / "corpus" / "plan.json").exists():
@@ -91,7 +161,8 @@ def test_ctrl_c_says_how_to_go_on(recipe, tmp_path):
 
 def test_help_shows_an_example():
     done = subprocess.run(
-        [sys.executable, "launcher/prepare.py", "--help"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, "launcher/prepare.py", "--help"], cwd=ROOT, env=environment(),
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "python launcher/prepare.py --config configs/R.yaml" in done.stdout
+    assert "--part 0/4" in done.stdout

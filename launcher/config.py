@@ -249,7 +249,8 @@ def to_yaml(cfg: RunConfig) -> str:
 
 # What a resumed run may be given anew: where it runs and what it writes, not what it computes.
 _MAY_CHANGE = ("parallel.", "checkpoint.", "log.", "eval.", "train.micro_batch_size", "train.max_skipped_in_a_row",
-               "run.folder", "run.name", "data.workers", "data.source", "data.corpus")  # fmt: skip
+               "run.folder", "run.name", "data.workers", "data.corpus", "data.cache.", "data.on_bad", "data.max_bad",
+               "data.max_document_bytes", "data.shard_bytes", "data.valid_fraction")  # fmt: skip
 
 
 def unknown_keys(cfg: RunConfig, keys: list[str]) -> list[str]:
@@ -263,12 +264,28 @@ def contradictions(old: dict[str, Any], new: dict[str, Any], allowed: list[str])
 
     allowed: keys that the user has named to be changed on purpose. The corpus is compared by its content, not here.
     """
-    before, after = _flat(old), _flat(new)
+    before, after = _flat(_sources_by_name(old)), _flat(_sources_by_name(new))
     return [
         f"{key}: was {before.get(key)!r}, is {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(_MAY_CHANGE) and key not in allowed
+        if before.get(key) != after.get(key)
+        and not key.startswith(_MAY_CHANGE)
+        and not any(key == name or key.startswith(f"{name}.") for name in allowed)
     ]
+
+
+def _sources_by_name(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with data.sources as name -> what the mixture depends on; where the text lies may change."""
+    data = config.get("data") or {}
+    sources = {
+        source.get("name") or source.get("kind"): {
+            "weight": source.get("weight") or "its size",  # never None, which stands for a source that is not there
+            "max_epochs": source.get("max_epochs"),
+        }
+        for source in data.get("sources") or []
+        if isinstance(source, dict)
+    }
+    return {**config, "data": {**data, "sources": sources}}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

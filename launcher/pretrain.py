@@ -12,10 +12,8 @@ import math
 import os
 import shutil
 import sys
-import textwrap
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.corpus import Corpus
 from data.errors import DataError
-from data.loader import Loader, StepBatch, eval_batches
-from data.tokenizer import Tokenizer
+from data.lanes import StreamEnd
+from data.loader import StepBatch
 from launcher.config import ConfigError, RunConfig, load_config, to_yaml
+from launcher.evaluation import evaluate, write_samples
 from launcher.metrics import MetricsLog, describe, peak_flops, peak_host_mem_gib
+from launcher.read_log import ReadLog
+from launcher.run_data import AnyLoader, RunData, open_data
 from launcher.run_dir import (
     Ledger,
     RunDirError,
@@ -38,12 +38,11 @@ from launcher.run_dir import (
     save_config,
     sole_writer,
 )
-from launcher.sampling import sample
 from launcher.signals import StopFlag, signal_name
 from model.init import initial_values
 from model.transformer import Transformer
 from parallel import device
-from parallel.checkpoint import CheckpointError, Manifest, ZeroMoments, committed_steps, newest_good
+from parallel.checkpoint import CheckpointError, CheckpointReader, Manifest, ZeroMoments, committed_steps, newest_good
 from parallel.checkpoint import save as save_checkpoint
 from parallel.deepspeed_config import check_passthrough, deepspeed_config
 from parallel.engine import Engine, UpdateResult, parallelize
@@ -88,47 +87,49 @@ class Stats:
     update: UpdateResult | None = None
 
 
-def train(cfg: RunConfig, mesh: Mesh, stop: StopFlag) -> int:
+def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag) -> int:
     """The whole run, from wherever it stands to its last step or to a request to stop. Returns the exit code."""
-    tokenizer, train_data, valid_data = open_data(cfg)
     ledger = Ledger(cfg.run_dir)
     start = configure_logging(cfg, mesh, ledger)
     engine = build_engine(cfg, mesh)
     progress, cursor = resume(cfg, engine)
-    loader = Loader(
-        train_data,
-        seed=cfg.data.seed,
-        global_batch_size=cfg.global_batch_size,
-        micro_batch_size=cfg.train.micro_batch_size,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp_size,
-        cursor=cursor,
-    )
+    loader = data.loader(cfg, mesh, cursor)
+    reads = ReadLog(cfg.run_dir, start, mesh.dp_rank)
     metrics = MetricsLog(cfg.run_dir, progress.step) if mesh.rank == 0 else None
     if mesh.rank == 0:
-        announce(cfg, mesh, ledger, metrics, start, progress, tokenizer, train_data, valid_data)
+        announce(cfg, mesh, ledger, metrics, start, progress, data, loader)
+    may_end = cfg.data.stream is not None and cfg.data.stream.epochs is not None
     clock, overall, stopped_by, saved_step, valid = Clock(), Clock(), 0, progress.step, {}
     try:
         while progress.step < cfg.train.steps and not stopped_by:
             vote = mesh.agree_max(stop.signal_number)  # travels while the step computes
             began = time.perf_counter()
+            if may_end and mesh.agree_max(int(loader.at_end())).result():
+                if saved_step != progress.step:
+                    save(cfg, engine, loader, progress, ledger, metrics)
+                raise StreamEnd(end_of_stream(cfg, progress))
             batch = next(loader)
             clock.data_wait_s += time.perf_counter() - began
+            reads.add(progress.step + 1, batch)
+            n_targets = batch.n_targets if loader.fixed_targets else int(mesh.sum([batch.n_targets])[0])
             seed_step(cfg.run.seed, progress.step, mesh.dp_rank)
-            stats = train_step(engine, batch, lr_at(progress.step, cfg.train.steps, cfg.optim))
+            stats = train_step(engine, batch, n_targets, lr_at(progress.step, cfg.train.steps, cfg.optim))
             progress.step += 1
             note_skipped(cfg, progress, stats, batch, loader, mesh)
-            progress.tokens += batch.n_targets
+            progress.tokens += n_targets
             for c in (clock, overall):
-                c.add(time.perf_counter() - began, batch.n_targets)
+                c.add(time.perf_counter() - began, n_targets)
             stopped_by = vote.result()  # every rank leaves at the same step
             last = progress.step == cfg.train.steps
             if due(progress.step, cfg.log.every) or last:
-                log_step(cfg, mesh, metrics, progress, stats, batch, clock)
+                log_step(cfg, mesh, metrics, progress, stats, n_targets, clock)
+                if metrics is not None:
+                    metrics.write(progress.step, data.progress(batch.span[1]))
                 clock = Clock()
             if due(progress.step, cfg.eval.every) or last:
-                valid = evaluate(cfg, engine, valid_data, metrics, progress.step)
-                write_samples(cfg, engine, tokenizer, metrics, progress.step)
+                shares = data.shares(batch.span[0])
+                valid = evaluate(cfg, engine, data.valid, shares, metrics, progress.step)
+                write_samples(cfg, engine, data.tokenizer, metrics, progress.step)
             if due(progress.step, cfg.checkpoint.every) or last or stopped_by:
                 save(cfg, engine, loader, progress, ledger, metrics)
                 saved_step = progress.step
@@ -143,6 +144,7 @@ def train(cfg: RunConfig, mesh: Mesh, stop: StopFlag) -> int:
         raise
     finally:
         loader.close()
+        reads.close()
         if metrics is not None:
             metrics.close()
     finished = progress.step >= cfg.train.steps
@@ -151,17 +153,30 @@ def train(cfg: RunConfig, mesh: Mesh, stop: StopFlag) -> int:
     return 0 if finished else STOPPED
 
 
-def train_step(engine: Engine, batch: StepBatch, lr: float) -> Stats:
-    """One optimizer update: forward and backward for each micro-batch, then clip and update."""
-    stats = Stats()
-    for tokens, targets in zip(batch.tokens, batch.targets, strict=True):  # (B, T) each
-        loss = engine.forward(
-            tokens.to(engine.mesh.device, non_blocking=True), targets.to(engine.mesh.device, non_blocking=True)
+def train_step(engine: Engine, batch: StepBatch, n_targets: int, lr: float) -> Stats:
+    """One optimizer update: forward and backward for each micro-batch, then clip and update.
+
+    n_targets: targets of the step that count, over all ranks.
+    """
+    stats, where = Stats(), engine.mesh.device
+    for a in range(len(batch.tokens)):  # (B, T) each
+        parts = (
+            (batch.tokens, batch.targets) if batch.documents is None else (batch.tokens, batch.targets, batch.documents)
         )
-        engine.backward(loss, batch.n_targets)
+        loss = engine.forward(*(part[a].to(where, non_blocking=True) for part in parts))
+        engine.backward(loss, n_targets)
         stats.losses.append(loss.detach())
     stats.update = engine.update(lr)
     return stats
+
+
+def end_of_stream(cfg: RunConfig, progress: Progress) -> str:
+    assert cfg.data.stream is not None
+    return (
+        f"the text ends after data.stream.epochs={cfg.data.stream.epochs} at step {progress.step} of {cfg.train.steps}; "
+        f"that step is saved. Finish with train.steps={progress.step} --allow-change train.steps, or begin a new run with "
+        "more text or epochs"
+    )
 
 
 def due(step: int, every: int) -> bool:
@@ -174,30 +189,6 @@ def seed_step(seed: int, step: int, dp_rank: int) -> None:
 
 
 # -- before the first step ----------------------------------------------------------------------------------------------
-
-
-def open_data(cfg: RunConfig) -> tuple[Tokenizer, Corpus, Corpus]:
-    """Tokenizer, training and held-out split. Raises DataError or ConfigError where they do not fit the config."""
-    corpus = Path(cfg.data.corpus)
-    train_data = Corpus.open(corpus, "train", cfg.model.seq_len)
-    valid_data = Corpus.open(corpus, "valid", cfg.model.seq_len)
-    tokenizer = Tokenizer.load(corpus / "tokenizer")
-    ours, theirs = cfg.model.vocab_size, tokenizer.vocab_size
-    if ours < theirs:
-        raise ConfigError(
-            f"model.vocab_size={ours} is smaller than the vocabulary of {corpus}, {theirs}; set it to {theirs} or more"
-        )
-    if ours > theirs and (ours % 64 or ours - theirs >= 256):
-        raise ConfigError(
-            f"model.vocab_size={ours} is larger than the vocabulary of {corpus}, {theirs}; set it to {theirs}, or for the "
-            f"speed of even matrices to a multiple of 64 less than 256 above it, such as {(theirs // 64 + 1) * 64}"
-        )
-    if train_data.n_windows < cfg.global_batch_size:
-        raise ConfigError(
-            f"{corpus} has {train_data.n_windows} sequences of {cfg.model.seq_len} tokens, one step takes "
-            f"{cfg.global_batch_size}; use a larger corpus or a smaller train.global_batch_size"
-        )
-    return tokenizer, train_data, valid_data
 
 
 def configure_logging(cfg: RunConfig, mesh: Mesh, ledger: Ledger) -> int:
@@ -254,15 +245,14 @@ def announce(
     metrics: MetricsLog | None,
     start: int,
     progress: Progress,
-    tokenizer: Tokenizer,
-    train_data: Corpus,
-    valid_data: Corpus,
+    data: RunData,
+    loader: AnyLoader,
 ) -> None:
     """Rank 0 says what begins, once, in the log, the ledger and TensorBoard."""
     assert metrics is not None
     save_config(cfg)  # at each start: what was changed on purpose is what the next resume is held to
     if start == 1:
-        tokenizer.save(cfg.run_dir / "tokenizer")  # so that the run's weights can be used without its corpus
+        data.tokenizer.save(cfg.run_dir / "tokenizer")  # so that the run's weights can be used without its corpus
     ledger.add(
         "start",
         number=start,
@@ -270,11 +260,15 @@ def announce(
         world_size=mesh.world_size,
         zero_stage=cfg.parallel.zero_stage,
         device=device.name(),
+        dp_size=mesh.dp_size,
+        global_batch_size=cfg.global_batch_size,
+        micro_batch_size=cfg.train.micro_batch_size,
+        cursor=loader.cursor() if cfg.data.stream is None else None,  # a stream cannot be audited
+        skip=[entry.model_dump(mode="json", exclude_none=True) for entry in cfg.data.skip],
     )
     metrics.write_text("config", f"```yaml\n{to_yaml(cfg)}\n```", progress.step)
-    epochs = cfg.train.steps * cfg.global_batch_size / train_data.n_windows
     log.info(
-        "%s: %s parameters on %d x %s, ZeRO %d, %s; steps %d to %d of %s tokens (%.2f epochs of %s tokens; held out: %s)",
+        "%s: %s parameters on %d x %s, ZeRO %d, %s; steps %d to %d of %s tokens",
         cfg.run_dir,
         f"{cfg.model.n_params:,}",
         mesh.world_size,
@@ -284,17 +278,19 @@ def announce(
         progress.step,
         cfg.train.steps,
         f"{cfg.tokens_per_step:,}",
-        epochs,
-        f"{train_data.n_tokens:,}",
-        f"{valid_data.n_tokens:,}",
     )
+    lines, warnings = data.announce(cfg.train.steps * cfg.global_batch_size)
+    for line in lines:
+        log.info("  %s", line)
+    for line in warnings:
+        log.warning("%s", line)
 
 
 # -- beside the steps ---------------------------------------------------------------------------------------------------
 
 
 def note_skipped(
-    cfg: RunConfig, progress: Progress, stats: Stats, batch: StepBatch, loader: Loader, mesh: Mesh
+    cfg: RunConfig, progress: Progress, stats: Stats, batch: StepBatch, loader: AnyLoader, mesh: Mesh
 ) -> None:
     """Say which rank and which documents were in a step that DeepSpeed left out; too many in a row end the run.
 
@@ -332,13 +328,13 @@ def log_step(
     metrics: MetricsLog | None,
     progress: Progress,
     stats: Stats,
-    batch: StepBatch,
+    n_targets: int,
     clock: Clock,
 ) -> None:
     """The numbers of this step, and the speed since the last logged one. All ranks take part in the loss's sum."""
     assert stats.update is not None
     (loss_sum,) = mesh.sum([torch.stack(stats.losses).double().sum().item()])
-    loss = loss_sum / batch.n_targets  # token-weighted mean over ranks and micro-batches
+    loss = loss_sum / n_targets  # token-weighted mean over ranks and micro-batches
     if not math.isfinite(loss) and not stats.update.skipped and mesh.rank == 0:
         log.warning("step %d: the loss is %s, gradients were finite", progress.step, loss)
     if metrics is None:
@@ -369,58 +365,8 @@ def log_step(
              describe(values, shown), f"{left_s / 60:.1f} min")  # fmt: skip
 
 
-def evaluate(cfg: RunConfig, engine: Engine, data: Corpus, metrics: MetricsLog | None, step: int) -> dict[str, float]:
-    """Loss on held-out windows, the same ones at every world size: mean over their tokens on all ranks."""
-    mesh, began = engine.mesh, time.perf_counter()
-    total, count = 0.0, 0.0
-    with engine.evaluating() as model:
-        for tokens, targets in eval_batches(
-            data, cfg.eval.windows, cfg.train.micro_batch_size, mesh.dp_rank, mesh.dp_size
-        ):
-            total += model(tokens.to(mesh.device), targets.to(mesh.device)).item()
-            count += int((targets != -100).sum())
-    total, count = mesh.sum([total, count])
-    loss = total / count
-    values = {
-        "loss/valid": loss,
-        "loss/valid_perplexity": math.exp(min(loss, 700.0)),
-        "loss/valid_bits_per_byte": loss / math.log(2) / data.bytes_per_token,
-    }
-    if metrics is not None:
-        metrics.write(step, {**values, "speed/eval_time_s": time.perf_counter() - began})
-        log.info("step %d  held-out %s", step, describe(values, list(values)))
-    return values
-
-
-def write_samples(cfg: RunConfig, engine: Engine, tokenizer: Tokenizer, metrics: MetricsLog | None, step: int) -> None:
-    """Continue the recipe's prompts and show them in TensorBoard. All ranks take part: under ZeRO 3 all hold weights."""
-    for i, prompt in enumerate(cfg.eval.prompts):
-        with engine.evaluating() as model:
-            ids = sample_ids(cfg, tokenizer, model, prompt, engine.mesh.device)
-        if metrics is not None:
-            text = tokenizer.decode(ids)
-            metrics.write_text(f"sample/{i}", f"```\n{text}\n```", step)
-            log.info("step %d  sample %d:\n%s", step, i, textwrap.indent(text, "    | ", lambda line: True))
-
-
-def sample_ids(
-    cfg: RunConfig, tokenizer: Tokenizer, model: Callable[[Tensor], Tensor], prompt: str, where: torch.device
-) -> list[int]:
-    return sample(
-        model,
-        tokenizer.encode(prompt).tolist(),
-        cfg.eval.sample_tokens,
-        seq_len=cfg.model.seq_len,
-        eos_id=tokenizer.eos_id,
-        vocab_size=tokenizer.vocab_size,
-        seed=cfg.run.seed,
-        device=where,
-        stop_at_eos=False,  # every rank must make the same number of calls
-    )
-
-
 def save(
-    cfg: RunConfig, engine: Engine, loader: Loader, progress: Progress, ledger: Ledger, metrics: MetricsLog | None
+    cfg: RunConfig, engine: Engine, loader: AnyLoader, progress: Progress, ledger: Ledger, metrics: MetricsLog | None
 ) -> None:
     """Write a checkpoint, all ranks together, and say what it cost."""
     began = time.perf_counter()
@@ -431,7 +377,7 @@ def save(
         zero_stage=cfg.parallel.zero_stage,
         shapes={name: list(shape) for name, shape in engine.shapes.items()},
         files={},
-        cursor=loader.cursor(),
+        cursor=loader.merge_cursors(engine.mesh.gather(loader.cursor())),
         config=cfg.model_dump(mode="json"),
         loss_scaler=engine.loss_scaler_state(),
         totals={
@@ -513,7 +459,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)  # options may stand between overrides
 
 
-def check(args: argparse.Namespace) -> tuple[RunConfig, Place]:
+def check(args: argparse.Namespace) -> tuple[RunConfig, Place, RunData]:
     """Everything that can be refused before a process group or a model exists."""
     cfg = load_config(args.config, args.overrides)
     if wrong := check_passthrough(cfg.parallel):
@@ -521,16 +467,24 @@ def check(args: argparse.Namespace) -> tuple[RunConfig, Place]:
     place = place_from_environment(os.environ)
     cfg.grad_accum_steps(place.world_size)
     check_device(cfg.parallel.precision)
-    open_data(cfg)
     refuse_other_config(cfg, args.allow_change)
-    return cfg, place
+    return cfg, place, open_data(cfg, saved_cursor(cfg.run_dir / "checkpoints"))
+
+
+def saved_cursor(checkpoints: Path) -> dict[str, Any] | None:
+    """The data cursor of the newest checkpoint, None where there is none or its manifest is damaged (resume tells)."""
+    try:
+        steps = committed_steps(checkpoints)
+        return CheckpointReader(checkpoints / f"step-{steps[-1]:08d}").manifest.cursor if steps else None
+    except CheckpointError:
+        return None
 
 
 def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     try:
-        cfg, place = check(args)
+        cfg, place, data = check(args)
         steps = committed_steps(cfg.run_dir / "checkpoints")
         if steps and steps[-1] >= cfg.train.steps:
             if place.rank == 0:
@@ -539,20 +493,20 @@ def main(argv: list[str]) -> int:
         if place.rank == 0:
             prepare_run_dir(cfg, needed_bytes=12 * cfg.model.n_params)  # fp32 weights and two moments
             with sole_writer(cfg.run_dir):
-                return run(cfg, place)
-        return run(cfg, place)
+                return run(cfg, place, data)
+        return run(cfg, place, data)
     except (ConfigError, DataError, RunDirError, LaunchError) as error:
         if local_rank == 0:
             print(f"pretrain: {error}", file=sys.stderr)
         return 2
 
 
-def run(cfg: RunConfig, place: Place) -> int:
+def run(cfg: RunConfig, place: Place, data: RunData) -> int:
     mesh = build_mesh(place, cfg.parallel.timeout_s)
     stop = StopFlag()
     try:
-        return train(cfg, mesh, stop)
-    except (CheckpointError, FloatingPointError) as error:
+        return train(cfg, data, mesh, stop)
+    except (CheckpointError, FloatingPointError, DataError) as error:
         log.error("%s", error)
         return 1
     finally:

@@ -21,7 +21,7 @@ PRETRAIN = "launcher/pretrain.py"
 RECIPE = """
 run: {{name: {name}, folder: {folder}, seed: 4611686018427387904}}
 model: {{vocab_size: 512, seq_len: 32, d_model: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, d_ff: 64, dropout: 0.1}}
-data: {{corpus: {corpus}, tokenizer: {{vocab_size: 512}}}}
+data: {{corpus: {corpus}, sources: [{{kind: text, paths: [-]}}], tokenizer: {{vocab_size: 512}}}}
 optim: {{lr: 1e-3, warmup_steps: 3}}
 parallel: {{zero_stage: 1, precision: fp32, timeout_s: 60}}
 train: {{steps: 24, global_batch_size: 8, micro_batch_size: 2}}

@@ -184,6 +184,18 @@ def test_a_resumed_run_may_change_where_it_runs_and_not_what_it_computes(recipe)
     assert changed("optim.lr=1.0") == ["optim.lr: was 0.0003, is 1.0"]
     assert changed("optim.lr=1.0", "model.d_ff=96") == ["model.d_ff: was 64, is 96", "optim.lr: was 0.0003, is 1.0"]
     assert changed("optim.lr=1.0", allowed=["optim.lr"]) == []
+    assert changed("data.sources=[{kind: embedded, weight: 2.0}]") == [
+        "data.sources.embedded.weight: was 'its size', is 2.0"
+    ]
+    assert changed("data.sources=[{kind: text, name: embedded, paths: [elsewhere]}]") == []  # its content decides
+    more = "data.sources=[{kind: embedded, weight: 2.0}, {kind: text, weight: 1.0, paths: [a]}]"
+    assert changed(more)[1] == "data.sources.text.weight: was None, is 1.0"
+    assert changed("data.sources=[{kind: embedded}, {kind: text, paths: [a]}]") == [
+        "data.sources.text.weight: was None, is 'its size'"
+    ]
+    assert changed(more, allowed=["data.sources"]) == []
+    assert changed("data.skip=[{steps: [3, 4]}]") == ["data.skip: was [], is [{'steps': [3, 4], 'samples': None, "
+                                                      "'source': None, 'shard': None, 'documents': None}]"]  # fmt: skip
     assert changed("train.global_batch_size=16") == ["train.global_batch_size: was 8, is 16"]
 
 

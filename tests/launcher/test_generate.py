@@ -26,7 +26,7 @@ def test_the_model_read_from_fragments_has_the_loss_that_the_engine_logged(run_d
     model, _ = generate.load_model(run_dir, None)
     total = count = 0
     with torch.inference_mode():
-        for tokens, targets in eval_batches(Corpus.open(corpus, "valid", 32), 10, 2, 0, 1):
+        for tokens, targets, _ in eval_batches(Corpus.open(corpus, "valid", 32), 10, 2, 0, 1):
             total += model(tokens, targets).item()
             count += int((targets != -100).sum())
     logged = [line["loss/valid"] for line in metrics(run_dir) if "loss/valid" in line][-1]
@@ -104,7 +104,7 @@ def test_numbers_that_break_are_reported_and_end_the_run(corpus, tmp_path):
     text = run(torchrun(2, "--config", recipe, *changes), tmp_path / "log", code=None)
     assert "step 2 skipped, gradients not finite: rank 0, " in text
     assert "[rank 1] step 2 skipped" in text
-    assert "documents of train-" in text
+    assert "documents of text/train-" in text
     assert "3 updates in a row had gradients that are not finite, up to step 4" in text
     ledger = [json.loads(line) for line in (tmp_path / "runs/test/ledger.jsonl").read_text().splitlines()]
     assert ledger[-1]["event"] == "failed"

@@ -69,7 +69,7 @@ def test_more_ranks_than_the_batch_has_sequences(capsys, recipe, monkeypatch):
 def test_a_corpus_without_manifest_or_with_a_cut_shard(capsys, recipe, corpus, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(corpus, copy)
-    shard = next(copy.glob("train*.bin"))
+    shard = next(copy.rglob("train*.bin"))
     shard.write_bytes(shard.read_bytes()[:-10])
     assert shard.name in refused(capsys, recipe, f"data.corpus={copy}")
     (copy / "manifest.json").unlink()

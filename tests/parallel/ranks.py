@@ -76,7 +76,8 @@ def batch_of(mesh: Mesh, step: int, accum: int = ACCUM) -> StepBatch:
     targets = windows[..., 1:].clone()
     targets[samples % 5 == 0, : MODEL.seq_len // 2] = -100  # ranks with different numbers of targets
     counted = BATCH * MODEL.seq_len - len(range(0, BATCH, 5)) * (MODEL.seq_len // 2)
-    return StepBatch(windows[..., :-1].contiguous(), targets.contiguous(), samples, counted)
+    tokens = windows[..., :-1].contiguous()
+    return StepBatch(tokens, targets.contiguous(), None, samples, (0, BATCH), counted, digest=0)
 
 
 def run_steps(engine: Engine, steps: range, accum: int = ACCUM) -> list[tuple[float, float, bool]]:
@@ -85,7 +86,7 @@ def run_steps(engine: Engine, steps: range, accum: int = ACCUM) -> list[tuple[fl
     for step in steps:
         torch.manual_seed(step * 10 + engine.mesh.dp_rank)
         batch = batch_of(engine.mesh, step, accum)
-        stats = train_step(engine, batch, OPTIM.lr)
+        stats = train_step(engine, batch, batch.n_targets, OPTIM.lr)
         loss = engine.mesh.sum([sum(x.item() for x in stats.losses)])[0] / batch.n_targets
         results.append((loss, stats.update.grad_norm, stats.update.skipped))
     return results

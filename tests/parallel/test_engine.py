@@ -4,13 +4,24 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention import flex_attention
 
+import model.transformer as transformer
+from model.attention import document_mask
 from parallel.config import ParallelConfig
-from ranks import build, run_ranks, run_steps, whole_state
+from parallel.recompute import _is_dear, _selective_contexts, apply_recompute
+from ranks import MODEL, OPTIM, batch_of, build, run_ranks, run_steps, whole_state
 
 STAGES = (0, 1, 2, 3)
 RECOMPUTE = ("none", "full", "every_k", "selective")
 STEPS = 4
+
+
+class Alone:
+    """A mesh of one process, as far as batch_of asks."""
+
+    dp_rank, dp_size = 0, 1
 
 
 def train_all(mesh):
@@ -36,10 +47,7 @@ def plain():
     """One process without DeepSpeed: the model, torch's AdamW and clipping."""
     from model.transformer import Transformer
     from parallel.optim import build_adamw
-    from ranks import BATCH, MODEL, OPTIM, batch_of
-
-    class Alone:
-        dp_rank, dp_size = 0, 1
+    from ranks import BATCH
 
     model = Transformer(MODEL).init_weights(5)
     optimizer = build_adamw(model.named_parameters(), OPTIM, checked=False)
@@ -85,15 +93,161 @@ def test_recomputation_changes_no_bit(trained, stage, precision, recompute):
         assert torch.equal(state[key], expected[key]), key
 
 
+DOCUMENT_STEPS = 2
+
+
+def with_documents(batch):
+    """Documents for a batch, of 2 to 6 tokens by sample, and targets that stay within them."""
+    samples = torch.from_numpy(batch.samples).unsqueeze(-1)
+    documents = (torch.arange(batch.tokens.shape[-1]) + samples) // (2 + samples % 5)
+    targets = batch.targets.clone()
+    targets[..., :-1][documents[..., 1:] != documents[..., :-1]] = -100
+    return documents, targets
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """Masks of one kind, whatever the device, and gradients for the plain formula of FlexAttention on CPU."""
+
+    def chosen(way):
+        monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+        monkeypatch.setattr(transformer, "flex_serves", lambda *_: way == "flex")
+
+    return chosen
+
+
+@pytest.mark.parametrize(("way", "dropout"), [("dense", 0.0), ("flex", 0.0), ("dense", 0.2)])
+@pytest.mark.parametrize("recompute", RECOMPUTE[1:])
+def test_recomputed_blocks_take_documents(recompute, way, dropout, choose):
+    """Without an engine: loss and gradients to the bit, dropout drawing the same numbers twice."""
+    choose(way)
+    batch = batch_of(Alone, 0, accum=1)
+    documents, targets = with_documents(batch)
+    results = []
+    for mode in ("none", recompute):
+        model = transformer.Transformer(MODEL.model_copy(update={"dropout": dropout})).init_weights(5)
+        apply_recompute(model.blocks, ParallelConfig(activation_checkpointing=mode))
+        torch.manual_seed(0)
+        loss = model(batch.tokens[0], targets[0], documents[0])
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_selective_leaves_compiled_attention_compiled():
+    """Under a mode that is not made for it, a compiled function runs eagerly: on a GPU with all scores in memory."""
+    counter = CompileCounter()
+    compiled = torch.compile(flex_attention.flex_attention, backend=counter)
+    mask = document_mask(torch.zeros(1, 128, dtype=torch.int64), flex=True)
+    q = torch.ones(1, 2, 128, 16)
+    for mode in _selective_contexts():
+        with torch.no_grad(), mode:
+            compiled(q, q, q, block_mask=mask)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [
+        ("_scaled_dot_product_flash_attention", ()),
+        ("_scaled_dot_product_flash_attention_for_cpu", ()),
+        ("_scaled_dot_product_efficient_attention", (None, True)),
+        ("_scaled_dot_product_cudnn_attention", (None, True)),
+    ],
+)
+def test_attention_that_draws_dropout_is_not_kept(name, without):
+    """By arguments alone: kernels with dropout of their own exist on GPUs only. Arguments as torch passes them."""
+    func = getattr(torch.ops.aten, name).default
+    qkv = (torch.empty(0),) * 3
+    assert _is_dear(func, (*qkv, *without), {})
+    assert _is_dear(func, (*qkv, *without, 0.0, True), {})
+    assert not _is_dear(func, (*qkv, *without, 0.1, True), {})
+    assert not _is_dear(func, (*qkv, *without), {"dropout_p": 0.1})
+    assert not _is_dear(torch.ops.aten.add.Tensor, qkv[:2], {})
+
+
+def run_document_steps(engine):
+    """(loss, gradient norm) of each step."""
+    results = []
+    for step in range(DOCUMENT_STEPS):
+        batch = batch_of(engine.mesh, step)
+        documents, targets = with_documents(batch)
+        n_targets = int(engine.mesh.sum([float((targets != -100).sum())])[0])
+        loss = 0.0
+        for a in range(len(batch.tokens)):
+            part = engine.forward(batch.tokens[a], targets[a], documents[a])
+            engine.backward(part, n_targets)
+            loss += part.item()
+        results.append((engine.mesh.sum([loss])[0] / n_targets, engine.update(OPTIM.lr).grad_norm))
+    return results
+
+
+def train_documents(mesh, flex):
+    """Rows of several documents through stages and kinds of recomputation; ZeRO 3 last, it replaces F.linear."""
+    if flex:  # the way of a GPU, by FlexAttention's plain formula, for which torch refuses gradients on CPU
+        flex_attention._validate_device = lambda *_: None
+        transformer.flex_serves = lambda *_: True
+    results = {}
+    for stage in (1, 3):
+        for precision in ("fp32", "bf16"):
+            for recompute in RECOMPUTE:
+                cfg = ParallelConfig(zero_stage=stage, precision=precision, activation_checkpointing=recompute)
+                engine = build(mesh, cfg)
+                results[stage, precision, recompute] = run_document_steps(engine), whole_state(engine)
+                engine.close()
+    return results
+
+
+@pytest.fixture(scope="module")
+def trained_on_documents():
+    return {way: run_ranks(2, train_documents, way == "flex")[0] for way in ("dense", "flex")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["dense", "flex"])
+@pytest.mark.parametrize("recompute", RECOMPUTE[1:])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_recomputation_changes_no_bit_with_documents(trained_on_documents, stage, precision, recompute, way):
+    losses, state = trained_on_documents[way][stage, precision, recompute]
+    expected_losses, expected = trained_on_documents[way][stage, precision, "none"]
+    assert losses == expected_losses
+    for key in expected:
+        assert torch.equal(state[key], expected[key]), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["dense", "flex"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_documents_reach_the_model(trained_on_documents, stage, way):
+    """The first loss is the model's own with the same documents, and not the one without; 1e-5: the order of adding."""
+    model = transformer.Transformer(MODEL).init_weights(5)
+    batch = batch_of(Alone, 0, accum=1)
+    documents, targets = with_documents(batch)
+    n_targets = (targets != -100).sum()
+    loss = trained_on_documents[way][stage, "fp32", "none"][0][0][0]
+    with torch.no_grad():
+        assert loss == pytest.approx((model(batch.tokens[0], targets[0], documents[0]) / n_targets).item(), rel=1e-5)
+        assert loss != pytest.approx((model(batch.tokens[0], targets[0]) / n_targets).item(), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_masks_of_both_kinds_train_alike(trained_on_documents, stage):
+    """1e-5 as between stages: another order of adding up."""
+    dense, flex = (trained_on_documents[way][stage, "fp32", "none"] for way in ("dense", "flex"))
+    torch.testing.assert_close(torch.tensor(flex[0]), torch.tensor(dense[0]), rtol=1e-5, atol=1e-5)
+    for key in dense[1]:
+        torch.testing.assert_close(flex[1][key], dense[1][key], rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
 def poison(mesh, stage, precision):
     """A step with a NaN on the last rank only, between two good ones."""
     engine = build(mesh, ParallelConfig(zero_stage=stage, precision=precision))
     before = run_steps(engine, range(1))
     state = whole_state(engine)
     forward = engine.forward
-    engine.forward = lambda tokens, targets: (
-        forward(tokens, targets) * (math.nan if mesh.rank == mesh.world_size - 1 else 1)
-    )
+    engine.forward = lambda *batch: forward(*batch) * (math.nan if mesh.rank == mesh.world_size - 1 else 1)
     bad = run_steps(engine, range(1, 2))
     engine.forward = forward
     unchanged = all(torch.equal(state[key], value) for key, value in whole_state(engine).items())

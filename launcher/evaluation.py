@@ -1,0 +1,95 @@
+"""Inside a run: loss on held-out text, source by source, and samples of the model's own."""
+
+import logging
+import math
+import textwrap
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from data.corpus import Corpus
+from data.loader import IGNORE, eval_batches
+from data.tokenizer import Tokenizer
+from launcher.config import RunConfig
+from launcher.metrics import MetricsLog, describe
+from launcher.sampling import sample
+from parallel.engine import Engine
+
+log = logging.getLogger("longhaul")
+
+
+def evaluate(
+    cfg: RunConfig,
+    engine: Engine,
+    valid: dict[str, Corpus],
+    shares: dict[str, float],
+    metrics: MetricsLog | None,
+    step: int,
+) -> dict[str, float]:
+    """Loss on held-out windows, the same ones at every world size: mean over their tokens on all ranks.
+
+    valid: by source.    shares: of the sources in the training mixture; of several sources the loss is the mean of
+    theirs with these weights, an estimate of the training loss on unseen text.    Returns {} where nothing is held out.
+    """
+    if not valid:
+        return {}
+    began = time.perf_counter()
+    losses = {name: _loss(cfg, engine, corpus) for name, corpus in valid.items()}
+    total = sum(shares[name] for name in losses)
+    weights = {name: shares[name] / total if total else 1 / len(losses) for name in losses}
+    loss = sum(weights[name] * losses[name] for name in losses)
+    bytes_per_token = sum(weights[name] * valid[name].bytes_per_token for name in losses)
+    values = {"loss/valid": loss, "loss/valid_perplexity": math.exp(min(loss, 700.0))}
+    if all(corpus.n_bytes for corpus in valid.values()):
+        values["loss/valid_bits_per_byte"] = loss / math.log(2) / bytes_per_token
+    if len(losses) > 1:
+        values |= {f"loss/valid_{name}": of_source for name, of_source in losses.items()}
+    if metrics is not None:
+        metrics.write(step, {**values, "speed/eval_time_s": time.perf_counter() - began})
+        log.info("step %d  held-out %s", step, describe(values, list(values)))
+    return values
+
+
+def _loss(cfg: RunConfig, engine: Engine, corpus: Corpus) -> float:
+    mesh = engine.mesh
+    total, count = 0.0, 0.0
+    with engine.evaluating() as model:
+        for tokens, targets, documents in eval_batches(
+            corpus, cfg.eval.windows, cfg.train.micro_batch_size, mesh.dp_rank, mesh.dp_size
+        ):
+            packed = () if documents is None else (documents.to(mesh.device),)
+            total += model(tokens.to(mesh.device), targets.to(mesh.device), *packed).item()
+            count += int((targets != IGNORE).sum())
+    if corpus.remote:
+        corpus.hold(())  # its shards' places in the cache are for the training data meanwhile
+    total, count = mesh.sum([total, count])
+    return total / count
+
+
+def write_samples(cfg: RunConfig, engine: Engine, tokenizer: Tokenizer, metrics: MetricsLog | None, step: int) -> None:
+    """Continue the recipe's prompts and show them in TensorBoard. All ranks take part: under ZeRO 3 all hold weights."""
+    for i, prompt in enumerate(cfg.eval.prompts):
+        with engine.evaluating() as model:
+            ids = _sample_ids(cfg, tokenizer, model, prompt, engine.mesh.device)
+        if metrics is not None:
+            text = tokenizer.decode(ids)
+            metrics.write_text(f"sample/{i}", f"```\n{text}\n```", step)
+            log.info("step %d  sample %d:\n%s", step, i, textwrap.indent(text, "    | ", lambda line: True))
+
+
+def _sample_ids(
+    cfg: RunConfig, tokenizer: Tokenizer, model: Callable[[Tensor], Tensor], prompt: str, where: torch.device
+) -> list[int]:
+    return sample(
+        model,
+        tokenizer.encode(prompt).tolist(),
+        cfg.eval.sample_tokens,
+        seq_len=cfg.model.seq_len,
+        eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+        seed=cfg.run.seed,
+        device=where,
+        stop_at_eos=False,  # every rank must make the same number of calls
+    )

@@ -1,0 +1,157 @@
+"""What a run reads, opened and checked against its config before anything is allocated.
+
+A run reads a prepared corpus, or with data.stream raw text. The train loop sees neither: it asks RunData.
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from data.corpus import Corpus, CorpusFolder
+from data.dataset import Dataset, open_valid, reading
+from data.errors import DataError
+from data.loader import Loader
+from data.store import is_url
+from data.stream import StreamLoader
+from data.tokenizer import Tokenizer, load_tokenizer
+from launcher.config import ConfigError, RunConfig
+from parallel.mesh import Mesh
+
+AnyLoader = Loader | StreamLoader
+
+
+class RunData(ABC):
+    """Tokenizer, training text and held-out text of a run."""
+
+    tokenizer: Tokenizer
+    valid: dict[str, Corpus]  # held-out text by source; empty when there is none
+
+    @abstractmethod
+    def loader(self, cfg: RunConfig, mesh: Mesh, cursor: dict[str, Any] | None) -> AnyLoader:
+        """The batches of this rank from the cursor on, from the beginning without one."""
+
+    @abstractmethod
+    def shares(self, sample: int) -> dict[str, float]:
+        """What part of the training text comes from each source of valid, at a sample of the run."""
+
+    @abstractmethod
+    def announce(self, samples: int) -> tuple[list[str], list[str]]:
+        """(what a run of so many samples will read, what its user should know of it), lines of text."""
+
+    @abstractmethod
+    def progress(self, samples: int) -> dict[str, float]:
+        """Metrics of what has been read after so many samples."""
+
+
+def open_data(cfg: RunConfig, cursor: dict[str, Any] | None) -> RunData:
+    """Open a run's data; cursor: of its newest checkpoint, None on a fresh run.
+
+    Raises DataError or ConfigError where they do not fit the config, the cursor or the length of the run.
+    """
+    return PreparedData(cfg, cursor) if cfg.data.stream is None else StreamedData(cfg)
+
+
+class PreparedData(RunData):
+    """The sources of a prepared corpus, mixed."""
+
+    def __init__(self, cfg: RunConfig, cursor: dict[str, Any] | None) -> None:
+        self.dataset = Dataset.open(cfg.data, cfg.model.seq_len, cfg.global_batch_size)
+        self.valid = open_valid(cfg.data, cfg.model.seq_len)
+        self.tokenizer = CorpusFolder(cfg.data.corpus, reading(cfg.data, cfg.model.seq_len)).tokenizer()
+        _check_vocabulary(cfg, self.tokenizer)
+        n_windows = sum(source.n_windows for source in self.dataset.corpora.values())
+        if n_windows < cfg.global_batch_size:
+            raise ConfigError(
+                f"{cfg.data.corpus} has {n_windows} sequences of {cfg.model.seq_len} tokens, one step takes "
+                f"{cfg.global_batch_size}; use a larger corpus or a smaller train.global_batch_size"
+            )
+        if cursor is not None:
+            self.dataset.go_on(cursor)
+        self.dataset.check_length(cfg.train.steps * cfg.global_batch_size)
+
+    def loader(self, cfg: RunConfig, mesh: Mesh, cursor: dict[str, Any] | None) -> Loader:
+        return Loader(
+            self.dataset,
+            global_batch_size=cfg.global_batch_size,
+            micro_batch_size=cfg.train.micro_batch_size,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
+            samples=0 if cursor is None else self.dataset.go_on(cursor),
+        )
+
+    def shares(self, sample: int) -> dict[str, float]:
+        return self.dataset.mixture.shares(sample)
+
+    def announce(self, samples: int) -> tuple[list[str], list[str]]:
+        counts, epochs = self.dataset.mixture.counts(samples), self.dataset.epochs(samples)
+        total = sum(counts.values())
+        lines = [
+            f"{name}: {counts[name] / total:.2%} of the run's samples, {epochs[name]:.2f} epochs of {corpus.n_tokens:,} "
+            f"tokens (held out: {self.valid[name].n_tokens if name in self.valid else 0:,})"
+            for name, corpus in self.dataset.corpora.items()
+        ]
+        return lines, self.dataset.check_length(samples)
+
+    def progress(self, samples: int) -> dict[str, float]:
+        counts = self.dataset.mixture.counts(samples)
+        values = {f"data/epochs_{name}": epochs for name, epochs in self.dataset.epochs(samples).items()}
+        if len(counts) > 1:
+            values |= {f"data/share_{name}": count / samples for name, count in counts.items()}
+        return values | {f"data/cache_{name}": value for name, value in self.dataset.stats().items()}
+
+
+class StreamedData(RunData):
+    """Raw text, tokenized while it is read; held-out text is that of data.corpus where it is there."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        assert cfg.data.stream is not None
+        self.tokenizer = load_tokenizer(cfg.data.stream.tokenizer)
+        _check_vocabulary(cfg, self.tokenizer)
+        self.valid = {}
+        if is_url(cfg.data.corpus) or Path(cfg.data.corpus).is_dir():
+            theirs = CorpusFolder(cfg.data.corpus, reading(cfg.data, cfg.model.seq_len)).manifest.tokenizer.fingerprint
+            if theirs != self.tokenizer.fingerprint:
+                raise DataError(
+                    f"data.corpus={cfg.data.corpus} is there for held-out text, but its tokenizer {theirs} is not that of "
+                    f"data.stream.tokenizer={cfg.data.stream.tokenizer}, {self.tokenizer.fingerprint}; name a corpus "
+                    "prepared with it, or a folder that does not exist to do without held-out text"
+                )
+            self.valid = open_valid(cfg.data, cfg.model.seq_len)
+
+    def loader(self, cfg: RunConfig, mesh: Mesh, cursor: dict[str, Any] | None) -> StreamLoader:
+        assert cfg.data.stream is not None
+        return StreamLoader(
+            cfg.data.stream,
+            seq_len=cfg.model.seq_len,
+            seed=cfg.data.seed,
+            global_batch_size=cfg.global_batch_size,
+            micro_batch_size=cfg.train.micro_batch_size,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
+            cursor=cursor,
+        )
+
+    def shares(self, sample: int) -> dict[str, float]:
+        return {name: float(corpus.n_tokens) for name, corpus in self.valid.items()}
+
+    def announce(self, samples: int) -> tuple[list[str], list[str]]:
+        held_out = sum(corpus.n_tokens for corpus in self.valid.values())
+        return [f"raw text, tokenized as it is read (held out: {held_out:,} tokens)"], []
+
+    def progress(self, samples: int) -> dict[str, float]:
+        return {}
+
+
+def _check_vocabulary(cfg: RunConfig, tokenizer: Tokenizer) -> None:
+    ours, theirs = cfg.model.vocab_size, tokenizer.vocab_size
+    if ours < theirs:
+        raise ConfigError(
+            f"model.vocab_size={ours} is smaller than the vocabulary of {cfg.data.corpus}, {theirs}; set it to {theirs} "
+            "or more"
+        )
+    if ours > theirs and (ours % 64 or ours - theirs >= 256):
+        raise ConfigError(
+            f"model.vocab_size={ours} is larger than the vocabulary of {cfg.data.corpus}, {theirs}; set it to {theirs}, "
+            f"or for the speed of even matrices to a multiple of 64 less than 256 above it, such as "
+            f"{(theirs // 64 + 1) * 64}"
+        )

@@ -32,7 +32,7 @@ def worker(stage: int, mode: str) -> None:
     from parallel.config import OptimConfig, ParallelConfig
     from parallel.deepspeed_config import deepspeed_config
     from parallel.engine import parallelize
-    from parallel.mesh import build_mesh, place_from_environment
+    from parallel.mesh import build_mesh, close_mesh, place_from_environment
 
     model = ModelConfig(vocab_size=2048, seq_len=512, d_model=256, n_layers=8, n_heads=4, d_ff=704)
     cfg = ParallelConfig(zero_stage=stage, activation_checkpointing=mode)
@@ -47,14 +47,16 @@ def worker(stage: int, mode: str) -> None:
     for step in range(STEPS):
         windows = torch.randint(0, 2048, (SEQUENCES, 513), generator=torch.Generator().manual_seed(step))
         mine = windows.view(mesh.dp_size, 1, micro, 513)[mesh.dp_rank]
-        batch = StepBatch(mine[..., :-1].contiguous(), mine[..., 1:].contiguous(), None, SEQUENCES * 512)
-        stats = train_step(engine, batch, optim.lr)
+        tokens, targets = mine[..., :-1].contiguous(), mine[..., 1:].contiguous()
+        batch = StepBatch(tokens, targets, None, None, (0, SEQUENCES), SEQUENCES * 512, digest=0)
+        stats = train_step(engine, batch, batch.n_targets, optim.lr)
         loss = mesh.sum([sum(x.item() for x in stats.losses)])[0] / batch.n_targets
     used = device.peak_mem_gib()
     mib = used * 1024 if used is not None else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     peaks = mesh.gather(mib)
     if mesh.rank == 0:
-        print("RESULT", json.dumps({"loss": loss, "peak_mib": max(peaks)}))
+        print("RESULT", json.dumps({"loss": loss, "peak_mib": max(peaks)}), flush=True)
+    close_mesh()  # or the group's threads may abort the process as it ends
 
 
 def measure(stage: int, ranks: int, mode: str) -> dict[str, float]:

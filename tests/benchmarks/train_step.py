@@ -73,9 +73,12 @@ class Ours:
             tokens=tokens[None],
             targets=targets[None],
             samples=np.zeros((1, SEQUENCES), np.int64),
+            documents=None,
+            span=(0, SEQUENCES),
             n_targets=targets.numel(),
+            digest=0,
         )
-        return float(train_step(self.engine, batch, OPTIM.lr).losses[0]) / batch.n_targets
+        return float(train_step(self.engine, batch, batch.n_targets, OPTIM.lr).losses[0]) / batch.n_targets
 
 
 def roof(device: torch.device) -> float:

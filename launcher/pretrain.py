@@ -17,7 +17,7 @@ import warnings
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -513,5 +513,17 @@ def run(cfg: RunConfig, place: Place, data: RunData) -> int:
         close_mesh()
 
 
+def leave(code: int) -> NoReturn:
+    """End the process here and now, with its output written.
+
+    The interpreter's own end tears down modules under native threads that still run (Arrow's readers, gloo's); it has
+    been seen to wait for them, and to abort. A finished run must not end in a signal for that.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

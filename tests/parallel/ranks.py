@@ -1,5 +1,6 @@
 """Real DeepSpeed ranks for tests: processes that meet through a file, so no port is guessed."""
 
+import faulthandler
 import logging
 import tempfile
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 import torch.multiprocessing as mp
 
 from data.loader import StepBatch
-from launcher.pretrain import train_step
+from launcher.pretrain import leave, train_step
 from model.config import ModelConfig
 from model.init import initial_values
 from model.transformer import Transformer
@@ -49,11 +50,13 @@ def run_ranks(n: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def _enter(rank: int, n: int, folder: str, fn: Callable[..., Any], args: tuple) -> None:
+    faulthandler.enable()  # native code that aborts says nothing else
     torch.set_num_threads(1)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     mesh = build_mesh(Place(rank, n, rank, n, f"file://{folder}/store", "a test"), timeout_s=100)
     torch.save(fn(mesh, *args), Path(folder) / f"{rank}.pt")
     close_mesh()
+    leave(0)
 
 
 def build(mesh: Mesh, cfg: ParallelConfig, model: ModelConfig = MODEL, accum: int = ACCUM) -> Engine:

@@ -67,7 +67,7 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     packing: Literal["windows", "best_fit"] = "windows"
     document_mask: bool = False  # attention stays inside a document, and positions restart there
     # windows are shuffled within groups of so many shards, groups and shards too; None: over the whole source.
-    # A corpus read from a URL needs it: two groups a source are held locally at a time
+    # A corpus read from a URL needs it: held locally of each source are the group in use, the next, and one to evaluate
     shuffle_shards: Annotated[int, Field(ge=1)] | None = None
     cache: CacheConfig = CacheConfig()  # of shards read from a URL, on each node's disk
     # instead of a prepared corpus: raw text, tokenized while the run reads it; then corpus is for held-out text alone

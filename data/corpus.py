@@ -1,5 +1,6 @@
 """One split of one source of a prepared corpus, as numbered windows of seq_len + 1 tokens, wherever its shards lie."""
 
+import logging
 import os
 import shutil
 import threading
@@ -16,13 +17,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from data.cache import SUFFIXES, CacheConfig, Lease, default_folder, file_xxh3
 from data.hf_tokenizer import JSON_FILE
-from data.layout import BestFit, Contiguous, Layout, Span, counts_file, read_counts
+from data.layout import BestFit, Contiguous, Layout, Rows, Span, counts_file, read_counts
 from data.manifest import MANIFEST, CorpusError, Manifest, ShardEntry, SourceEntry, Split, parse_manifest
 from data.order import WindowOrder
 from data.shards import Shard, ShardError, bin_path, idx_path
 from data.store import MissingError, Store, is_url, open_store
 from data.tokenizer import CONFIG_FILE, MODEL_FILE, Tokenizer, load_tokenizer
 from data.tokenizer_base import write_folder
+
+log = logging.getLogger(__name__)
 
 REPAIR = "restore it, or run launcher/prepare.py again, which makes missing shards anew"
 TOKENIZER_FILES = (MODEL_FILE, JSON_FILE, CONFIG_FILE)
@@ -37,14 +40,6 @@ class Piece(NamedTuple):
     document: int  # number in the shard
     first: int  # place of the first token in the document
     tokens: int
-
-
-class Rows(NamedTuple):
-    """Some windows, read."""
-
-    tokens: NDArray[np.int64]  # (n, T + 1)
-    documents: NDArray[np.int32] | None  # (n, T): number of each input's document in its row; None without masking
-    counted: NDArray[np.bool_] | None  # (n, T): whether the target counts; None: all do
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,8 @@ class CorpusFolder:
             self._check_cache(place)
         else:
             _check_sizes(Path(place), entry.splits[split].shards)
-        return Corpus(self._store(place), name, split, manifest, self._layout(name, split), self.reading)
+        written_ns = None if is_url(self.location) else os.stat(Path(self.location) / MANIFEST).st_mtime_ns
+        return Corpus(self._store(place), name, split, manifest, self._layout(name, split), self.reading, written_ns)
 
     def tokenizer(self) -> Tokenizer:
         """The corpus's tokenizer. That of a URL is copied to the cache folder once. Raises TokenizerError, StoreError."""
@@ -170,9 +166,16 @@ class Corpus:
     """One split of one source, as windows. No token is read before a window is asked for."""
 
     def __init__(
-        self, store: Store, name: str, split: Split, manifest: Manifest, layout: Layout, reading: Reading
+        self,
+        store: Store,
+        name: str,
+        split: Split,
+        manifest: Manifest,
+        layout: Layout,
+        reading: Reading,
+        written_ns: int | None,
     ) -> None:
-        """Use Corpus.open or CorpusFolder.split."""
+        """Use Corpus.open or CorpusFolder.split.  written_ns: when the manifest was, if it is local."""
         self.name, self.split, self.seq_len = name, split, reading.seq_len
         self.store, self.location = store, store.location
         self.remote = is_url(store.location)
@@ -181,6 +184,8 @@ class Corpus:
         self.document_mask, self.counts_targets = reading.document_mask, layout.counts_targets
         self.shards_at_once = reading.shuffle_shards
         self._layout = layout
+        self._written_ns = written_ns
+        self._proved: set[str] = set()  # shards newer than that which have the right hashes
         self._first_window = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(layout.windows_per_block)])
         self.windows_per_shard = np.bincount(
             layout.block_shards, weights=layout.windows_per_block, minlength=len(self.shards)
@@ -233,28 +238,48 @@ class Corpus:
         """The windows at indices (n,): (n, seq_len + 1). Raises CorpusError outside range(n_windows)."""
         return self.read(indices).tokens
 
-    def read(self, indices: ArrayLike) -> Rows:
-        """The windows at indices (n,), with their documents and counted targets where the reading has such."""
-        numbers = np.asarray(indices, dtype=np.int64)
-        n, length = numbers.size, self.seq_len
-        tokens = np.empty((n, length + 1), dtype=np.int64)
-        documents = np.empty((n, length), dtype=np.int32) if self.document_mask else None
-        counted = np.empty((n, length), dtype=np.bool_) if self.counts_targets else None
-        read, shards = self._layout.read, self._layout.block_shards
-        for row, (block, window) in enumerate(self._places(numbers)):
-            read(
-                self._shard(int(shards[block])),
-                block,
-                window,
-                tokens[row],
-                None if documents is None else documents[row],
-                None if counted is None else counted[row],
-            )
-        return Rows(tokens, documents, counted)
+    def read(self, windows: ArrayLike) -> Rows:
+        """The windows (n,), with their documents and counted targets where the reading has such."""
+        numbers = np.atleast_1d(np.asarray(windows, dtype=np.int64))
+        rows = self._rows(numbers.size)
+        self._fill(numbers, np.arange(numbers.size), rows)
+        return rows
+
+    def read_in_order(self, order: WindowOrder, indices: NDArray[np.int64], windows: NDArray[np.int64]) -> Rows:
+        """read(windows), where windows (n,) are what samples indices (n,) of an order read.
+
+        Of a source at a URL only the shards of one group are held at a time, and those of the last one stay held.
+        """
+        if not self.remote:
+            return self.read(windows)
+        rows, groups = self._rows(windows.size), [order.group(index) for index in indices.tolist()]
+        for group in sorted(set(groups)):
+            self.hold(order.shards(*group))
+            places = np.flatnonzero([other == group for other in groups])
+            self._fill(windows[places], places, rows)
+        return rows
+
+    def _rows(self, n: int) -> Rows:
+        """Room for n windows."""
+        return Rows(
+            np.empty((n, self.seq_len + 1), dtype=np.int64),
+            np.empty((n, self.seq_len), dtype=np.int32) if self.document_mask else None,
+            np.empty((n, self.seq_len), dtype=np.bool_) if self.counts_targets else None,
+        )
+
+    def _fill(self, numbers: NDArray[np.int64], places: NDArray[np.int64], rows: Rows) -> None:
+        """Read windows (n,) to the rows at places (n,), shard by shard."""
+        blocks, windows = self._places(numbers)
+        shards = self._layout.block_shards[blocks]
+        by_shard = np.argsort(shards, kind="stable")
+        for mine in np.split(by_shard, np.flatnonzero(np.diff(shards[by_shard])) + 1):
+            if mine.size:
+                shard = self._shard(int(shards[mine[0]]))
+                self._layout.read(shard, blocks[mine], windows[mine], places[mine], rows)
 
     def pieces(self, i: int) -> list[Piece]:
         """What window i consists of, in order; an empty document has no token and is not named."""
-        ((block, window),) = self._places(np.array([i], dtype=np.int64))
+        block, window = (int(values[0]) for values in self._places(np.array([i], dtype=np.int64)))
         number = int(self._layout.block_shards[block])
         spans = self._layout.spans(self._shard(number), block, window)
         return [Piece(self.shards[number].name, *span) for span in spans]
@@ -302,33 +327,54 @@ class Corpus:
     def verify(self) -> None:
         """Compare every local file's hash with the manifest's. Raises CorpusError at the first that differs."""
         for shard in self.shards:
-            for (file, _), expected in zip(
-                shard_files(Path(self.location), shard), (shard.bin_xxh3, shard.idx_xxh3), strict=True
-            ):
-                if (found := file_xxh3(file)) != expected:
-                    raise CorpusError(
-                        f"{file} has hash {found}, {MANIFEST} says {expected}: it was changed or damaged; "
-                        f"delete it, then {REPAIR}"
-                    )
+            self._compare(shard)
 
-    def _places(self, numbers: NDArray[np.int64]) -> list[tuple[int, int]]:
-        """(block, window in it) of each window."""
+    def _compare(self, entry: ShardEntry) -> None:
+        files, hashes = shard_files(Path(self.location), entry), (entry.bin_xxh3, entry.idx_xxh3)
+        for (file, _), expected in zip(files, hashes, strict=True):
+            if (found := file_xxh3(file)) != expected:
+                raise CorpusError(
+                    f"{file} has hash {found}, {MANIFEST} says {expected}: it was changed or damaged; "
+                    f"delete it, then {REPAIR}"
+                )
+
+    def _places(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(block, window in it) of each window, (n,) both."""
         if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < self.n_windows:
             raise CorpusError(
                 f"windows {numbers.min()} to {numbers.max()} asked of {self.name} in {self.location} ({self.split}), "
                 f"which has {self.n_windows}"
             )
         blocks = np.searchsorted(self._first_window, numbers, side="right") - 1
-        return list(zip(blocks.tolist(), (numbers - self._first_window[blocks]).tolist(), strict=True))
+        return blocks, numbers - self._first_window[blocks]
 
     def _shard(self, number: int) -> Shard:
         with self._lock:
             if number not in self._open:
-                self._open[number] = open_shard(self.store, self.shards[number])
+                self._open[number] = self._map(self.shards[number])
                 if len(self._open) > MAX_OPEN_SHARDS:
                     self._close(next(iter(self._open)))
             self._open.move_to_end(number)
-            return self._open[number][0]
+            shard = self._open[number][0]
+        if not self.remote:  # what comes through the cache is checked there
+            shard.check_unchanged()
+        return shard
+
+    def _map(self, entry: ShardEntry) -> tuple[Shard, Lease]:
+        """A shard, mapped; a local one that was changed after the manifest was written is compared with its hashes."""
+        shard, lease = open_shard(self.store, entry)
+        newer = self._written_ns is not None and shard.changed_ns > self._written_ns
+        if self.remote or not newer or entry.name in self._proved:
+            return shard, lease
+        if not self._proved:
+            log.warning(
+                "%s has shards that are newer than its %s; each is compared with its hash when it is first read, which "
+                "takes time. Copy a corpus with cp -p or rsync -t to spare that",
+                self.location, MANIFEST,
+            )  # fmt: skip
+        self._compare(entry)
+        self._proved.add(entry.name)
+        return shard, lease
 
     def _close(self, number: int) -> None:
         shard, lease = self._open.pop(number)

@@ -17,8 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from data.config import DataConfig, SkipConfig
-from data.corpus import Corpus, CorpusFolder, Piece, Reading, Rows
+from data.corpus import Corpus, CorpusFolder, Piece, Reading
 from data.errors import DataError
+from data.layout import Rows
 from data.manifest import ShardEntry
 from data.mixture import Era, EraStage, Mixture, temper
 from data.order import WindowOrder
@@ -185,14 +186,14 @@ class Dataset:
         place = self.locate(samples)
         numbers = np.unique(place.sources).tolist()
         if len(numbers) == 1:
-            return self.corpora[self.mixture.names[numbers[0]]].read(place.windows)
+            return self._read(self.mixture.names[numbers[0]], place.indices, place.windows)
         n, length = len(samples), self.seq_len
         tokens = np.empty((n, length + 1), dtype=np.int64)
         documents = np.empty((n, length), dtype=np.int32) if self._masked else None
         counted = None if self.fixed_targets else np.empty((n, length), dtype=np.bool_)
         for number in numbers:
             here = np.flatnonzero(place.sources == number)
-            rows = self.corpora[self.mixture.names[number]].read(place.windows[here])
+            rows = self._read(self.mixture.names[number], place.indices[here], place.windows[here])
             tokens[here] = rows.tokens
             if documents is not None and rows.documents is not None:
                 documents[here] = rows.documents
@@ -200,12 +201,17 @@ class Dataset:
                 counted[here] = rows.counted
         return Rows(tokens, documents, counted)
 
-    def prefetch(self, samples: IntArray) -> None:
-        """Of sources at URLs: keep the shards that these samples and their neighbours need, and begin to fetch the next.
+    def _read(self, name: str, indices: IntArray, windows: IntArray) -> Rows:
+        return self.corpora[name].read_in_order(self.orders[name], indices, windows)
 
-        samples: all of the step, over all ranks. Costs little when no source lies at a URL.
-        """
-        if not any(corpus.remote for corpus in self.corpora.values()):
+    @property
+    def remote(self) -> bool:
+        """Whether a source lies at a URL."""
+        return any(corpus.remote for corpus in self.corpora.values())
+
+    def prefetch(self, samples: IntArray) -> None:
+        """Of sources at URLs: begin to fetch the shards that come after these samples, which are all of a step."""
+        if not self.remote:
             return
         place, wishes = self.locate(samples), dict[Store, list[ShardEntry]]()
         for number in np.unique(place.sources).tolist():
@@ -213,10 +219,7 @@ class Dataset:
             corpus, order = self.corpora[name], self.orders[name]
             if not corpus.remote:
                 continue
-            indices = place.indices[place.sources == number]
-            groups = sorted({order.group(int(index)) for index in (indices.min(), indices.max())})
-            corpus.hold(shard for group in groups for shard in order.shards(*group))
-            epoch, last = groups[-1]
+            epoch, last = order.group(int(place.indices[place.sources == number].max()))
             following = order.shards(epoch, last + 1)
             wishes.setdefault(corpus.store, []).extend(corpus.shards[shard] for shard in following)
         if wishes != self._wishes:  # the same from step to step, until a group ends
@@ -292,11 +295,18 @@ class Dataset:
         ]
 
 
-def open_valid(cfg: DataConfig, seq_len: int) -> dict[str, Corpus]:
-    """The held-out split of each source of the config that has one; empty when none has."""
+def open_valid(cfg: DataConfig, seq_len: int) -> tuple[dict[str, Corpus], list[str]]:
+    """The held-out split of each source of the config that has one with a window in it, and a line for each without."""
     folder = CorpusFolder(cfg.corpus, reading(cfg, seq_len))
     have = folder.manifest.splits("valid")
-    return {source.label: folder.split(source.label, "valid") for source in cfg.sources if source.label in have}
+    splits = {source.label: folder.split(source.label, "valid") for source in cfg.sources if source.label in have}
+    lines = [
+        f"{name} is not evaluated: its {len(corpus.shards)} held-out shards of {corpus.n_tokens} tokens have no window of "
+        f"model.seq_len={seq_len}; prepare it with a larger data.valid_fraction or data.shard_bytes"
+        for name, corpus in splits.items()
+        if not corpus.n_windows
+    ]
+    return {name: corpus for name, corpus in splits.items() if corpus.n_windows}, lines
 
 
 def reading(cfg: DataConfig, seq_len: int) -> Reading:

@@ -39,6 +39,14 @@ class Span(NamedTuple):
     tokens: int
 
 
+class Rows(NamedTuple):
+    """Some windows, read."""
+
+    tokens: NDArray[np.int64]  # (n, T + 1)
+    documents: NDArray[np.int32] | None  # (n, T): number of each input's document in its row; None without masking
+    counted: NDArray[np.bool_] | None  # (n, T): whether the target counts; None: all do
+
+
 class Layout(Protocol):
     """What Corpus asks of a way to cut."""
 
@@ -47,16 +55,8 @@ class Layout(Protocol):
     block_shards: IntArray  # (blocks,) number of each block's shard, ascending
     windows_per_block: IntArray  # (blocks,)
 
-    def read(
-        self,
-        shard: Shard,
-        block: int,
-        window: int,
-        tokens: NDArray[np.int64],
-        documents: NDArray[np.int32] | None,
-        counted: NDArray[np.bool_] | None,
-    ) -> None:
-        """Write a window of a block to tokens (T + 1,), and where given its documents (T,) and counted targets (T,)."""
+    def read(self, shard: Shard, blocks: IntArray, windows: IntArray, places: IntArray, rows: Rows) -> None:
+        """Write windows (n,) of blocks (n,) of one shard to the rows at places (n,)."""
 
     def spans(self, shard: Shard, block: int, window: int) -> list[Span]:
         """What a window of a block consists of, in order; an empty document has no token and is not named."""
@@ -73,21 +73,16 @@ class Contiguous:
         tokens = np.array([shard.tokens for shard in shards], dtype=np.int64)
         self.windows_per_block = np.maximum(tokens - 1, 0) // seq_len
 
-    def read(
-        self,
-        shard: Shard,
-        block: int,
-        window: int,
-        tokens: NDArray[np.int64],
-        documents: NDArray[np.int32] | None,
-        counted: NDArray[np.bool_] | None,
-    ) -> None:
-        start = window * self.seq_len
-        tokens[:] = shard.read(start, self.seq_len + 1)
-        if documents is not None and counted is not None:
-            numbers = shard.document_numbers(start, self.seq_len + 1)
-            documents[:] = numbers[:-1] - numbers[0]
-            counted[:] = numbers[1:] == numbers[:-1]  # the first token of a document cannot be foreseen in it
+    def read(self, shard: Shard, blocks: IntArray, windows: IntArray, places: IntArray, rows: Rows) -> None:
+        length = self.seq_len + 1
+        starts = windows * self.seq_len
+        shard.read_rows(starts, length, rows.tokens, places)
+        if rows.documents is None or rows.counted is None:
+            return
+        for place, start in zip(places.tolist(), starts.tolist(), strict=True):
+            numbers = shard.document_numbers(start, length)
+            rows.documents[place] = numbers[:-1] - numbers[0]
+            rows.counted[place] = numbers[1:] == numbers[:-1]  # a document's first token cannot be foreseen in it
 
     def spans(self, shard: Shard, block: int, window: int) -> list[Span]:
         spans, start, end = [], window * self.seq_len, (window + 1) * self.seq_len + 1
@@ -116,26 +111,22 @@ class BestFit:
         self._packings: OrderedDict[int, Packing] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(
-        self,
-        shard: Shard,
-        block: int,
-        window: int,
-        tokens: NDArray[np.int64],
-        documents: NDArray[np.int32] | None,
-        counted: NDArray[np.bool_] | None,
-    ) -> None:
+    def read(self, shard: Shard, blocks: IntArray, windows: IntArray, places: IntArray, rows: Rows) -> None:
+        for place, block, window in zip(places.tolist(), blocks.tolist(), windows.tolist(), strict=True):
+            tokens, documents, counted = self._row(shard, block, window)
+            rows.tokens[place] = tokens[0]
+            if rows.documents is not None:
+                rows.documents[place] = documents[0]
+            if rows.counted is not None:
+                rows.counted[place] = counted[0]
+
+    def _row(self, shard: Shard, block: int, window: int) -> tuple[NDArray, NDArray, NDArray]:
         base = self._first_document(block)
 
         def piece(document: int, start: int, count: int) -> NDArray:
             return shard.read(shard.token_span(base + document)[0] + start, count)
 
-        rows, numbers, counts = fill(self._packing(shard, block), window, piece, self.pad_id, self.document_mask)
-        tokens[:] = rows[0]
-        if documents is not None:
-            documents[:] = numbers[0]
-        if counted is not None:
-            counted[:] = counts[0]
+        return fill(self._packing(shard, block), window, piece, self.pad_id, self.document_mask)
 
     def spans(self, shard: Shard, block: int, window: int) -> list[Span]:
         packing, base = self._packing(shard, block), self._first_document(block)

@@ -10,6 +10,7 @@ A grad_accum_steps, B micro_batch_size, T seq_len
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +21,14 @@ import xxhash
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from data.corpus import Corpus, Rows
+from data.corpus import Corpus
 from data.dataset import Dataset
 from data.errors import DataError
+from data.layout import Rows
 from data.order import permute
 
 IGNORE = -100  # a target that counts for nothing, as torch's cross-entropy has it
+AHEAD_TOKENS = 2**18  # of a rank that are read at a time: with small steps several, whose overhead is then shared
 EVAL_KEY = 0  # of the fixed order in which held-out windows are taken
 
 
@@ -49,7 +52,7 @@ class StepBatch:
 class Loader(Iterator[StepBatch]):
     """Endless iterator over the steps' batches of one rank; epochs follow each other, each in an order of its own.
 
-    samples: number of the first sample to read.    prefetch: batches made ready ahead.
+    samples: number of the first sample to read.    prefetch: batches made ready ahead; more of small ones.
     Raises BatchError when the batch does not divide, or the dataset has fewer windows than one global batch.
     Call close() when done, or use it as a context manager.
     """
@@ -87,7 +90,11 @@ class Loader(Iterator[StepBatch]):
         self._global_batch_size, self._dp_rank = global_batch_size, dp_rank
         self._shape = (global_batch_size // (micro_batch_size * dp_size), dp_size, micro_batch_size)  # (A, ranks, B)
         self._pin = torch.accelerator.is_available()
-        self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=prefetch)
+        of_step = global_batch_size // dp_size * dataset.seq_len
+        # several steps at a time may need more shards than one, and those of a URL have few places
+        self._most_steps = 1 if dataset.remote else max(1, AHEAD_TOKENS // of_step)
+        self._taken: deque[StepBatch] = deque()  # out of the queue, and not handed out yet
+        self._ready: queue.Queue[list[StepBatch] | BaseException] = queue.Queue(maxsize=prefetch)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._prefetch, args=(self._samples,), name="data-prefetch", daemon=True)
         self._thread.start()
@@ -124,20 +131,22 @@ class Loader(Iterator[StepBatch]):
         _drain(self._ready)
 
     def __next__(self) -> StepBatch:
-        while True:
-            if self._closing.is_set():
-                raise RuntimeError("the loader is closed; it gives no further batches")
+        if self._closing.is_set():
+            raise RuntimeError("the loader is closed; it gives no further batches")
+        while not self._taken:
             try:
                 item = self._ready.get(timeout=1.0)
-                break
             except queue.Empty:
                 if not self._thread.is_alive() and self._ready.empty():
                     raise RuntimeError("the data-prefetch thread is gone and left neither batch nor error") from None
-        if isinstance(item, BaseException):
-            self._closing.set()
-            raise item  # as it was raised in the thread, with the traceback from there
-        self._samples = item.span[1]
-        return item
+                continue
+            if isinstance(item, BaseException):
+                self._closing.set()
+                raise item  # as it was raised in the thread, with the traceback from there
+            self._taken.extend(item)
+        batch = self._taken.popleft()
+        self._samples = batch.span[1]
+        return batch
 
     def __enter__(self) -> "Loader":
         return self
@@ -147,14 +156,22 @@ class Loader(Iterator[StepBatch]):
 
     def _prefetch(self, first: int) -> None:
         try:
+            steps = 1  # the first batch soon, then more at a time
             while not self._closing.is_set():
-                batch = self._make(first)
-                self._put(batch)
-                first = batch.span[1]
+                try:
+                    batches = self._make(first, steps)
+                except DataError:
+                    if steps == 1:
+                        raise
+                    steps = 1  # the steps before the one that cannot be read are good
+                    continue
+                self._put(batches)
+                first = batches[-1].span[1]
+                steps = min(2 * steps, self._most_steps)
         except BaseException as error:  # raised again by __next__
             self._put(error)
 
-    def _put(self, item: StepBatch | BaseException) -> None:
+    def _put(self, item: list[StepBatch] | BaseException) -> None:
         while not self._closing.is_set():
             try:
                 self._ready.put(item, timeout=0.1)
@@ -162,17 +179,33 @@ class Loader(Iterator[StepBatch]):
             except queue.Full:
                 continue
 
-    def _make(self, first: int) -> StepBatch:
-        all_ranks, after = self.dataset.take(first, self._global_batch_size)
-        samples = all_ranks.reshape(self._shape)[:, self._dp_rank]  # (A, ranks, B) -> (A, B)
-        self.dataset.prefetch(all_ranks)
+    def _make(self, first: int, steps: int) -> list[StepBatch]:
+        """The batches of this rank for so many steps."""
+        spans, every = [], []
+        for _ in range(steps):
+            all_ranks, after = self.dataset.take(first, self._global_batch_size)
+            spans.append((first, after))
+            every.append(all_ranks)
+            first = after
+        # (steps, G) -> (steps, A, ranks, B) -> (steps, A, B)
+        samples = np.stack(every).reshape(steps, *self._shape)[:, :, self._dp_rank]
+        self.dataset.prefetch(every[-1])
         rows = self.dataset.read(samples.ravel())
         tokens, targets, documents = _tensors(rows, samples.shape)
         if self._pin:
             tokens, targets = tokens.pin_memory(), targets.pin_memory()
             documents = None if documents is None else documents.pin_memory()
-        n_targets = self._global_batch_size * self.dataset.seq_len if rows.counted is None else int(rows.counted.sum())
-        return StepBatch(tokens, targets, documents, samples, (first, after), n_targets, digest(samples, rows.tokens))
+        n_targets = [self._global_batch_size * self.dataset.seq_len] * steps
+        if rows.counted is not None:
+            n_targets = rows.counted.reshape(steps, -1).sum(axis=1).tolist()
+        read = rows.tokens.reshape(steps, -1)
+        return [
+            StepBatch(
+                tokens[step], targets[step], None if documents is None else documents[step],
+                samples[step], spans[step], n_targets[step], digest(samples[step], read[step]),
+            )
+            for step in range(steps)
+        ]  # fmt: skip
 
 
 def digest(samples: NDArray[np.int64], tokens: NDArray[np.int64]) -> int:
@@ -201,16 +234,13 @@ def eval_batches(
             f"of {corpus.seq_len} tokens: its shards are shorter; use a "
             "shorter seq_len, or prepare with a larger data.valid_fraction or data.shard_bytes"
         )
-    count = min(max_windows, corpus.n_windows)
+    count, order = min(max_windows, corpus.n_windows), corpus.order(EVAL_KEY)
     step = micro_batch_size * dp_size
     for first in range(dp_rank * micro_batch_size, -(-count // step) * step, step):
         positions = np.arange(first, first + micro_batch_size, dtype=np.int64)
         real = np.minimum(positions, count - 1)
-        if corpus.shards_at_once is None:
-            windows = permute(real, corpus.n_windows, EVAL_KEY)
-        else:
-            _, windows = corpus.order(EVAL_KEY)(real)
-        tokens, targets, documents = _tensors(corpus.read(windows), (micro_batch_size,))
+        windows = permute(real, corpus.n_windows, EVAL_KEY) if corpus.shards_at_once is None else order(real)[1]
+        tokens, targets, documents = _tensors(corpus.read_in_order(order, real, windows), (micro_batch_size,))
         targets[torch.from_numpy(positions >= count)] = IGNORE
         yield tokens, targets, documents
 
@@ -233,7 +263,7 @@ def _check_rank(micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
         raise BatchError(f"dp_rank={dp_rank} of dp_size={dp_size}; expected a rank from 0 to dp_size - 1")
 
 
-def _drain(items: queue.Queue[StepBatch | BaseException]) -> None:
+def _drain(items: queue.Queue[list[StepBatch] | BaseException]) -> None:
     while True:
         try:
             items.get_nowait()

@@ -10,6 +10,7 @@ Megatron-LM may split a document into several sequences (sentences); we write on
 
 import os
 import struct
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -24,6 +25,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequence count, document count
 DTYPE_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+LOOK_EVERY_S = 1.0  # between looks whether a mapped file was changed
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # a length is an int32
 
 _LENGTH, _POINTER = np.dtype("<i4"), np.dtype("<i8")
@@ -161,7 +163,8 @@ class Shard:
         for file in (path, bin_path(prefix)):
             if not file.is_file():
                 raise ShardError(f"{file} does not exist; a shard is the pair {self.prefix.name}.bin and .idx")
-        idx_bytes, bin_bytes = path.stat().st_size, bin_path(prefix).stat().st_size
+        state = self._stat()
+        (bin_bytes, _), (idx_bytes, _) = state
         with open(path, "rb") as stream:
             header = stream.read(HEADER.size)
         if not header.startswith(MAGIC):
@@ -188,7 +191,9 @@ class Shard:
             )
         if document_count < 1:
             raise ShardError(f"{path} has document count 0; expected at least 1, the entry that ends the last document")
-        self._bytes: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
+        self._state, self._looked = state, time.monotonic()
+        # plain arrays over the maps: np.memmap's own slices take ten times as long
+        self._bytes: NDArray[np.uint8] = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
         lengths_at = HEADER.size
         pointers_at = lengths_at + self.n_sequences * _LENGTH.itemsize
         documents_at = pointers_at + self.n_sequences * _POINTER.itemsize
@@ -204,8 +209,40 @@ class Shard:
         self.n_tokens = bin_bytes // self.dtype.itemsize
         # an empty file cannot be mapped
         self._tokens: np.ndarray = (
-            np.memmap(bin_path(prefix), dtype=self.dtype, mode="r") if bin_bytes else np.empty(0, self.dtype)
+            np.asarray(np.memmap(bin_path(prefix), dtype=self.dtype, mode="r"))
+            if bin_bytes
+            else np.empty(0, self.dtype)
         )
+
+    @property
+    def changed_ns(self) -> int:
+        """When .bin or .idx was last written, ns since 1970."""
+        return max(changed_ns for _, changed_ns in self._state)
+
+    def check_unchanged(self) -> None:
+        """Raise ShardError when a file is not what was mapped; looks once in LOOK_EVERY_S. One that is gone still reads.
+
+        What a map shows of a file that was rewritten is the new content, and of one that was cut a SIGBUS.
+        """
+        now = time.monotonic()
+        if now - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = now
+        try:
+            found = self._stat()
+        except FileNotFoundError:
+            return  # removed or renamed: the map keeps the content
+        if found != self._state:
+            raise ShardError(
+                f"{self.prefix}.bin or .idx was changed while it is read: (bytes, time of change in ns) were "
+                f"{self._state}, are {found}. Nothing may write to a corpus in use: restore the shard (launcher/prepare.py "
+                "makes a deleted one again), and go on from the last checkpoint"
+            )
+
+    def _stat(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(bytes, time of the last change in ns) of .bin and .idx."""
+        found = [os.stat(f"{self.prefix}{suffix}") for suffix in (".bin", ".idx")]
+        return (found[0].st_size, found[0].st_mtime_ns), (found[1].st_size, found[1].st_mtime_ns)
 
     def _check_ends(self, path: Path) -> int:
         """First and last entries of the index against each other, O(1). Returns the size that the .bin must have."""
@@ -231,6 +268,25 @@ class Shard:
         if start < 0 or count < 0 or start + count > self.n_tokens:
             raise ShardError(f"tokens {start} to {start + count} asked of {self.prefix}, which has {self.n_tokens}")
         return self._tokens[start : start + count]
+
+    def read_rows(
+        self, starts: NDArray[np.int64], count: int, out: NDArray[np.int64], places: NDArray[np.int64]
+    ) -> None:
+        """Tokens start to start + count for each of starts (n,), to the rows of out (m, count) at places (n,).
+
+        Raises ShardError outside the shard.
+        """
+        if starts.size and not 0 <= int(starts.min()) <= int(starts.max()) <= self.n_tokens - count:
+            raise ShardError(
+                f"tokens {starts.min()} to {starts.max() + count} asked of {self.prefix}, which has {self.n_tokens}"
+            )
+        size = self.dtype.itemsize
+        every: np.ndarray = np.ndarray(
+            (self.n_tokens - count + 1, count), self.dtype, self._tokens, strides=(size, size)
+        )
+        out[places] = every[
+            starts
+        ]  # a row for each token that could be the first: nothing is copied but those asked for
 
     def document(self, i: int) -> np.ndarray:
         """The tokens of document i, all its sequences joined; raises ShardError outside range(n_documents)."""

@@ -25,6 +25,7 @@ class RunData(ABC):
 
     tokenizer: Tokenizer
     valid: dict[str, Corpus]  # held-out text by source; empty when there is none
+    _not_evaluated: list[str] = []  # a line for each source whose held-out text is too short
 
     @abstractmethod
     def loader(self, cfg: RunConfig, mesh: Mesh, cursor: dict[str, Any] | None) -> AnyLoader:
@@ -56,7 +57,7 @@ class PreparedData(RunData):
 
     def __init__(self, cfg: RunConfig, cursor: dict[str, Any] | None) -> None:
         self.dataset = Dataset.open(cfg.data, cfg.model.seq_len, cfg.global_batch_size)
-        self.valid = open_valid(cfg.data, cfg.model.seq_len)
+        self.valid, self._not_evaluated = open_valid(cfg.data, cfg.model.seq_len)
         self.tokenizer = CorpusFolder(cfg.data.corpus, reading(cfg.data, cfg.model.seq_len)).tokenizer()
         _check_vocabulary(cfg, self.tokenizer)
         n_windows = sum(source.n_windows for source in self.dataset.corpora.values())
@@ -90,7 +91,7 @@ class PreparedData(RunData):
             f"tokens (held out: {self.valid[name].n_tokens if name in self.valid else 0:,})"
             for name, corpus in self.dataset.corpora.items()
         ]
-        return lines, self.dataset.check_length(samples)
+        return lines, self._not_evaluated + self.dataset.check_length(samples)
 
     def progress(self, samples: int) -> dict[str, float]:
         counts = self.dataset.mixture.counts(samples)
@@ -116,7 +117,7 @@ class StreamedData(RunData):
                     f"data.stream.tokenizer={cfg.data.stream.tokenizer}, {self.tokenizer.fingerprint}; name a corpus "
                     "prepared with it, or a folder that does not exist to do without held-out text"
                 )
-            self.valid = open_valid(cfg.data, cfg.model.seq_len)
+            self.valid, self._not_evaluated = open_valid(cfg.data, cfg.model.seq_len)
 
     def loader(self, cfg: RunConfig, mesh: Mesh, cursor: dict[str, Any] | None) -> StreamLoader:
         assert cfg.data.stream is not None
@@ -136,7 +137,7 @@ class StreamedData(RunData):
 
     def announce(self, samples: int) -> tuple[list[str], list[str]]:
         held_out = sum(corpus.n_tokens for corpus in self.valid.values())
-        return [f"raw text, tokenized as it is read (held out: {held_out:,} tokens)"], []
+        return [f"raw text, tokenized as it is read (held out: {held_out:,} tokens)"], self._not_evaluated
 
     def progress(self, samples: int) -> dict[str, float]:
         return {}

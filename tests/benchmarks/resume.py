@@ -93,6 +93,7 @@ def leave(job: dict[str, Any]) -> dict[str, Any]:
             with open(Path(job["corpus"]) / f"{piece.shard}.bin", "r+b") as stream:
                 stream.seek(2 * (piece.document * LENGTH + piece.first))
                 stream.write(generator.integers(0, 2**16, piece.tokens, dtype=np.uint16).tobytes())
+    (Path(job["corpus"]) / "manifest.json").touch()  # or its shards would be newer, and compared with hashes
     hashes = row_hashes(dataset.read(samples).tokens)
     return {"cursor": cursor, "samples": samples.tolist(), "hashes": hashes}
 

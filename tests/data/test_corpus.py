@@ -1,12 +1,15 @@
 """A prepared corpus as windows: where each begins, what is in it, and which folders are refused."""
 
 import json
+import logging
 import os
+import time
 
 import numpy as np
 import pytest
 
 from data import corpus as module
+from data import shards
 from data.corpus import Corpus, Piece, Reading, read_manifest
 from data.manifest import MANIFEST, CorpusError
 from data.shards import ShardError
@@ -131,7 +134,8 @@ def test_open_shards_are_bounded(make_corpus, monkeypatch):
     monkeypatch.setattr(module, "MAX_OPEN_SHARDS", 3)
     corpus = Corpus.open(make_corpus([[5]] * 10), "train", reading=4)
     before = len(os.listdir("/proc/self/fd"))
-    assert corpus.windows([*range(10), 9, 0, 9]).shape == (13, 5)
+    for windows in (range(10), [9], [0], [9]):
+        assert corpus.windows(windows).shape == (len(windows), 5)
     assert list(corpus._open) == [8, 0, 9]  # the least recently used went first
     assert len(os.listdir("/proc/self/fd")) - before <= 2 * 3
 
@@ -215,3 +219,62 @@ def test_windows_outside(make_corpus, i):
     corpus = Corpus.open(make_corpus([[9]]), "train", 4)
     with pytest.raises(CorpusError, match=rf"windows {i} to {i} asked of .*which has 2"):
         corpus.window(i)
+
+
+# -- shards that change ------------------------------------------------------------------------------------------------
+
+
+def rewrite(path, content, later_s):
+    """Write a file as it were later_s seconds from now."""
+    path.write_bytes(content)
+    then = time.time() + later_s
+    os.utime(path, (then, then))
+
+
+@pytest.mark.parametrize("change", ["rewritten", "cut", "appended"])
+def test_a_shard_that_changes_while_it_is_read_ends_the_run(make_corpus, monkeypatch, change):
+    monkeypatch.setattr(shards, "LOOK_EVERY_S", 0.0)
+    folder = make_corpus([[30]])
+    corpus = Corpus.open(folder, "train", 4)
+    corpus.window(0)
+    path = folder / "train-00000.bin"
+    payload = path.read_bytes()
+    rewrite(path, {"rewritten": bytes(len(payload)), "cut": payload[:4], "appended": payload * 2}[change], 2)
+    with pytest.raises(
+        ShardError, match=r"train-00000\.bin or \.idx was changed while it is read: .*Nothing may write to"
+    ):
+        corpus.window(1)
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed"])
+def test_a_shard_that_goes_while_it_is_read_reads_on(make_corpus, monkeypatch, how):
+    """The map keeps the content; whoever opens the corpus next is told."""
+    monkeypatch.setattr(shards, "LOOK_EVERY_S", 0.0)
+    folder = make_corpus([[30]])
+    corpus = Corpus.open(folder, "train", 4)
+    expected = corpus.window(6).tolist()
+    path = folder / "train-00000.bin"
+    path.unlink() if how == "removed" else path.rename(folder / "other.bin")
+    assert corpus.window(6).tolist() == expected
+    with pytest.raises(CorpusError, match=r"train-00000.bin is missing but named in manifest.json"):
+        Corpus.open(folder, "train", 4)
+
+
+def test_a_shard_rewritten_between_runs_is_compared_with_its_hash(make_corpus, caplog):
+    """Of the same size, so that only its time tells; one that was only copied again is found equal, and said once."""
+    folder = make_corpus([[30], [30]])
+    for number in range(2):
+        path = folder / f"train-0000{number}.bin"
+        rewrite(path, path.read_bytes(), 5)
+    corpus = Corpus.open(folder, "train", 4)
+    with caplog.at_level(logging.WARNING):
+        corpus.windows([0, 7, 8, 1])
+    assert caplog.text.count("has shards that are newer than its manifest.json") == 1
+    path = folder / "train-00001.bin"
+    rewrite(path, bytes(path.stat().st_size), 5)
+    corpus = Corpus.open(folder, "train", 4)
+    corpus.window(0)
+    with pytest.raises(
+        CorpusError, match=r"train-00001.bin has hash \w{16}, manifest.json says \w{16}: it was changed"
+    ):
+        corpus.window(7)

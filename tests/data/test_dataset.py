@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data.config import DataConfig
 from data.corpus import Corpus
 from data.dataset import Dataset, DatasetError, open_valid
-from data.loader import Loader
+from data.loader import Loader, eval_batches
 from data.manifest import CorpusError
 from data.mixture import MixtureError
 
@@ -221,14 +221,25 @@ def test_skip_refusals(folder):
 
 
 def test_held_out_sources_are_those_that_have_some(make_corpus):
-    assert open_valid(config(make_corpus(name="t", **SHARDS), MIX), T) == {}
-    valid = open_valid(
+    assert open_valid(config(make_corpus(name="t", **SHARDS), MIX), T) == ({}, [])
+    valid, lines = open_valid(
         config(make_corpus(name="v", split="valid", prose=[[9]], code=[[17]]), {"prose": 1.0, "code": 1.0}), T
     )
     assert {name: (type(corpus), corpus.n_windows) for name, corpus in valid.items()} == {
         "prose": (Corpus, 2),
         "code": (Corpus, 4),
     }
+    assert lines == []
+
+
+def test_a_held_out_split_too_short_for_a_window_is_told_and_not_evaluated(make_corpus):
+    folder = make_corpus(name="v", split="valid", prose=[[9]], code=[[3], [2]])
+    valid, lines = open_valid(config(folder, {"prose": 1.0, "code": 1.0}), T)
+    assert list(valid) == ["prose"]
+    assert lines == [
+        "code is not evaluated: its 2 held-out shards of 5 tokens have no window of model.seq_len=4; prepare it with a "
+        "larger data.valid_fraction or data.shard_bytes"
+    ]
 
 
 def test_describe_names_source_and_documents(folder):
@@ -261,6 +272,28 @@ def test_a_copy_at_a_url_reads_alike_with_few_shards_on_local_disk(make_corpus, 
     stats = there.stats()
     assert stats["fetches"] >= 21
     assert stats["evictions"] > 0
+    there.close()
+
+
+def test_a_step_of_many_groups_and_an_evaluation_hold_one_group_at_a_time(make_corpus, tmp_path):
+    """27 shards in groups of one, 16 of them in a step and all of them in an evaluation; the cache has room for three."""
+    folder = make_corpus(prose=[[9 + n] for n in range(27)])
+    cache = {"folder": str(tmp_path / "cache"), "shards": 3, "wait_s": 5.0}
+    here = opened(folder, {"prose": 1.0}, shuffle_shards=1)
+    there = opened(f"file://{folder}", {"prose": 1.0}, shuffle_shards=1, cache=cache)
+    batches = {"global_batch_size": 40, "micro_batch_size": 20, "dp_rank": 0, "dp_size": 1}
+    with Loader(here, **batches) as plain, Loader(there, **batches) as remote:
+        for _ in range(8):
+            assert next(remote).digest == next(plain).digest
+            assert local_shards(tmp_path / "cache") <= 3
+    there.corpora["prose"].hold(())
+    for mine, theirs in zip(
+        eval_batches(here.corpora["prose"], 100, 8, 0, 1),
+        eval_batches(there.corpora["prose"], 100, 8, 0, 1),
+        strict=True,
+    ):
+        assert mine[0].tolist() == theirs[0].tolist()
+        assert local_shards(tmp_path / "cache") <= 3
     there.close()
 
 

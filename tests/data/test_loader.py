@@ -9,10 +9,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import data.loader as module
 from data.corpus import Corpus, Reading
 from data.dataset import Dataset, DatasetError
 from data.loader import IGNORE, BatchError, Loader, digest, eval_batches
-from data.mixture import Era, EraStage
+from data.mixture import Era, EraStage, MixtureError
 from data.order import sample_window
 
 T = 4
@@ -155,6 +156,32 @@ def test_an_error_in_the_thread_reaches_the_step(corpus, monkeypatch):
     with pytest.raises(RuntimeError, match="the loader is closed"):
         next(loader)
     loader.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_steps_read_together_are_those_read_one_by_one(corpus, monkeypatch, ranks):
+    """Small steps are read many at a time, large ones alone."""
+    read = {}
+    for ahead in (1, 2**18):
+        monkeypatch.setattr(module, "AHEAD_TOKENS", ahead)
+        with loader_of(corpus, rank=ranks - 1, ranks=ranks) as loader:
+            assert loader._most_steps == (1 if ahead == 1 else 2**18 // (8 * T // ranks))
+            read[ahead] = [
+                (b.tokens.tolist(), b.targets.tolist(), b.samples.tolist(), b.span, b.n_targets, b.digest)
+                for b in (next(loader) for _ in range(40))
+            ]
+    assert read[1] == read[2**18]
+
+
+def test_steps_before_one_that_cannot_be_read_are_given(corpus):
+    """max_epochs ends the data in the middle of what is read together; cursor and order are as if read one by one."""
+    era = Era(start=0, stages=(EraStage(start=0, weights={"only": 1.0}),), most={"only": 100})
+    dataset = Dataset({"only": corpus}, [era], 5, [], batch=1)
+    with Loader(dataset, global_batch_size=8, micro_batch_size=2, dp_rank=0, dp_size=1) as loader:
+        assert [next(loader).span[1] for _ in range(12)] == list(range(8, 97, 8))
+        assert loader.cursor()["samples"] == 96
+        with pytest.raises(MixtureError, match="has been read max_epochs times after 100 samples"):
+            next(loader)
 
 
 def test_a_dead_thread_does_not_hang_the_step(corpus, monkeypatch):

@@ -106,7 +106,7 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag) -> int:
             began = time.perf_counter()
             if may_end and mesh.agree_max(int(loader.at_end())).result():
                 if saved_step != progress.step:
-                    save(cfg, engine, loader, progress, ledger, metrics)
+                    save(cfg, engine, loader, reads, progress, ledger, metrics)
                 raise StreamEnd(end_of_stream(cfg, progress))
             batch = next(loader)
             clock.data_wait_s += time.perf_counter() - began
@@ -131,7 +131,7 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag) -> int:
                 valid = evaluate(cfg, engine, data.valid, shares, metrics, progress.step)
                 write_samples(cfg, engine, data.tokenizer, metrics, progress.step)
             if due(progress.step, cfg.checkpoint.every) or last or stopped_by:
-                save(cfg, engine, loader, progress, ledger, metrics)
+                save(cfg, engine, loader, reads, progress, ledger, metrics)
                 saved_step = progress.step
             if overall.steps == 1:
                 gc.collect()
@@ -366,10 +366,17 @@ def log_step(
 
 
 def save(
-    cfg: RunConfig, engine: Engine, loader: AnyLoader, progress: Progress, ledger: Ledger, metrics: MetricsLog | None
+    cfg: RunConfig,
+    engine: Engine,
+    loader: AnyLoader,
+    reads: ReadLog,
+    progress: Progress,
+    ledger: Ledger,
+    metrics: MetricsLog | None,
 ) -> None:
     """Write a checkpoint, all ranks together, and say what it cost."""
     began = time.perf_counter()
+    reads.sync()
     manifest = Manifest(
         step=progress.step,
         adam_steps=engine.adam_steps,

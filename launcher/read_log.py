@@ -4,6 +4,7 @@ runs/NAME/reads/start-0001-rank-00000.bin is a row of records of 32 bytes: step,
 the step over all ranks, and the xxh3-64 of this rank's sample numbers and tokens (data.loader.digest).
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,10 @@ class ReadLog:
     def add(self, step: int, batch: StepBatch) -> None:
         """step: the optimizer step that the batch is for, counted from 1."""
         self._file.write(np.array([(step, *batch.span, batch.digest)], dtype=RECORD).tobytes())
+
+    def sync(self) -> None:
+        """Have the records on disk; before a checkpoint, from which a run goes on after a power cut."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

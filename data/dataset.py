@@ -55,7 +55,7 @@ class Place(NamedTuple):
 
 
 class Dataset:
-    """Use Dataset.open; then a run that goes on from a checkpoint calls go_on."""
+    """Use Dataset.open; then a run that goes on from a checkpoint calls go_on. Who looks back uses Dataset.recall."""
 
     def __init__(
         self, corpora: dict[str, Corpus], eras: Sequence[Era], seed: int, skip: Sequence[SkipConfig], batch: int
@@ -89,6 +89,24 @@ class Dataset:
             raise DatasetError(f"data.skip names {', '.join(unknown)}; data.sources has {list(corpora)}")
         return cls(corpora, [_era(cfg, corpora, seq_len)], cfg.seed, cfg.skip, batch)
 
+    @classmethod
+    def recall(cls, cfg: DataConfig, seq_len: int, batch: int, cursor: dict[str, Any]) -> "Dataset":
+        """Look back: all sources that the run has had, mixed as when the cursor was saved, whatever data.sources says now.
+
+        Raises DatasetError where the corpus no longer has one of them, and else as go_on does.
+        """
+        saved = _typed(cursor)
+        folder = CorpusFolder(cfg.corpus, reading(cfg, seq_len))
+        names = _names(saved.eras)
+        if gone := sorted(names - folder.manifest.sources.keys()):
+            raise DatasetError(
+                f"the run read {', '.join(gone)}, which {folder.location} no longer has; it has "
+                f"{sorted(folder.manifest.sources)}: prepare them again, or name a copy of the corpus that has them"
+            )
+        dataset = cls({name: folder.split(name, "train") for name in names}, saved.eras, cfg.seed, cfg.skip, batch)
+        dataset._check(saved)
+        return dataset
+
     def go_on(self, cursor: dict[str, Any]) -> int:
         """Take over the past of the run that the cursor was saved with. Returns the number of the next sample.
 
@@ -96,33 +114,19 @@ class Dataset:
         that sample, and every source goes on behind what it gave before. Raises DatasetError, naming what differs,
         when the cursor belongs to other data.
         """
-        saved = self.check(cursor)
+        saved = _typed(cursor)
+        self._check(saved)
         eras = list(saved.eras)
         now = self.eras[-1].model_copy(update={"start": eras[-1].start})
         if now != eras[-1]:
             eras.append(now.model_copy(update={"start": saved.samples}))
             log.info("the mixture of sources changes at sample %d", saved.samples)
-        self._adopt(eras)
+        self.eras = tuple(eras)
+        self.mixture = Mixture(sorted({*self.names, *_names(eras)}), self.eras, self.seed)
         return saved.samples
 
-    def recall(self, cursor: dict[str, Any]) -> None:
-        """Look back: mix as the run had it when the cursor was saved, whatever the config says now."""
-        self._adopt(self.check(cursor).eras)
-
-    def _adopt(self, eras: Sequence[Era]) -> None:
-        self.eras = tuple(eras)
-        read = {name for era in eras for stage in era.stages for name in stage.weights}
-        self.mixture = Mixture(sorted({*self.names, *read}), self.eras, self.seed)
-
-    def check(self, cursor: dict[str, Any]) -> Cursor:
-        """The cursor, typed. Raises DatasetError as go_on does."""
-        try:
-            saved = Cursor.model_validate_json(json.dumps(cursor))
-        except ValidationError as error:
-            raise DatasetError(
-                f"the data cursor of the checkpoint is damaged or of another version ({error.errors()[0]['msg']} at "
-                f"{error.errors()[0]['loc']}): use an earlier checkpoint, or the Longhaul version that wrote it"
-            ) from None
+    def _check(self, saved: Cursor) -> None:
+        """Raise DatasetError, naming what differs, when the cursor belongs to other data."""
         differs = [f"seed was {saved.seed}, is {self.seed}"] if saved.seed != self.seed else []
         for name, fingerprint in saved.sources.items():
             if name in self.corpora:
@@ -138,7 +142,6 @@ class Dataset:
                 f"the checkpoint was trained on other data than {folder}: {'; '.join(differs)}. Go on with the corpus, "
                 "seq_len and seed that the run began with (new text under a new source name), or begin a new run"
             )
-        return saved
 
     def cursor(self, samples: int) -> dict[str, Any]:
         """What to save when `samples` is the number of the next sample to read."""
@@ -328,6 +331,21 @@ def _era(cfg: DataConfig, corpora: dict[str, Corpus], seq_len: int) -> Era:
         if source.max_epochs is not None
     }
     return Era(start=0, stages=tuple(stages), most=most)
+
+
+def _typed(cursor: dict[str, Any]) -> Cursor:
+    try:
+        return Cursor.model_validate_json(json.dumps(cursor))
+    except ValidationError as error:
+        raise DatasetError(
+            f"the data cursor of the checkpoint is damaged or of another version ({error.errors()[0]['msg']} at "
+            f"{error.errors()[0]['loc']}): use an earlier checkpoint, or the Longhaul version that wrote it"
+        ) from None
+
+
+def _names(eras: Sequence[Era]) -> set[str]:
+    """All sources that were ever in the mixture."""
+    return {name for era in eras for stage in era.stages for name in stage.weights}
 
 
 def _spans(skip: Sequence[SkipConfig], batch: int) -> list[tuple[int, int]]:

@@ -99,12 +99,10 @@ class Run:
         raise RunDirError(f"{self.run_dir} has no record of step {step}; it has steps 1 to {last}")
 
     def dataset(self, start: Start) -> Dataset:
-        """The data as that start had it."""
+        """The data as that start had it, with every source that the run has read."""
         skip = [SkipConfig.model_validate(entry) for entry in start.skip]
         data = self.cfg.data.model_copy(update={"skip": skip})
-        dataset = Dataset.open(data, self.cfg.model.seq_len, start.global_batch_size)
-        dataset.recall(self.cursor)
-        return dataset
+        return Dataset.recall(data, self.cfg.model.seq_len, start.global_batch_size, self.cursor)
 
 
 def show_step(run: Run, step: int) -> Iterator[str]:

@@ -139,17 +139,23 @@ def test_a_run_that_goes_on_reads_what_it_would_have_read(folder):
     assert part.cursor(777) == whole.cursor(777)
 
 
-def test_looking_back_after_a_change(folder):
-    """With the last cursor the whole past is there, under whatever config it is asked."""
+def test_looking_back_after_a_change(folder, make_corpus):
+    """With the last cursor the whole past is there, under whatever sources the config has now."""
     first = opened(folder, MIX)
     second = opened(folder, {"code": 1.0})
     second.go_on(first.cursor(100))
-    later = opened(folder, MIX)
-    later.recall(second.cursor(300))
-    assert later.read(np.arange(100)).tokens.tolist() == first.read(np.arange(100)).tokens.tolist()
-    assert later.read(np.arange(100, 300)).tokens.tolist() == second.read(np.arange(100, 300)).tokens.tolist()
+    cursor = second.cursor(300)
+    for weights in (MIX, {"code": 1.0}, {"poems": 5.0}):
+        later = Dataset.recall(config(folder, weights), T, 1, cursor)
+        assert later.read(np.arange(100)).tokens.tolist() == first.read(np.arange(100)).tokens.tolist()
+        assert later.read(np.arange(100, 300)).tokens.tolist() == second.read(np.arange(100, 300)).tokens.tolist()
     with pytest.raises(DatasetError, match=r"the run read \w+ before; put it back into data.sources"):
         second.read(np.arange(100))
+    less = make_corpus(name="less", code=SHARDS["code"])
+    with pytest.raises(
+        DatasetError, match=r"the run read poems, prose, which .*/less no longer has; it has \['code'\]: prepare them"
+    ):
+        Dataset.recall(config(less, {"code": 1.0}), T, 1, cursor)
 
 
 def test_other_data_is_refused(folder, make_corpus):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -58,6 +59,7 @@ SOURCES = (
     "{kind: text, name: asyncio, paths: [-], weight: 0.1}]"
 )
 LATER = SOURCES.replace("0.6", "0.2")
+ALONE = "data.sources=[{kind: text, name: json, paths: [-], weight: 1.0}]"
 RESTARTS = ((1, 10, 2, 2, []), (6, 9, 1, 4, []), (10, 13, 4, 1, []), (13, STEPS, 2, 4, []))
 
 
@@ -87,6 +89,25 @@ def test_changes_on_purpose_are_proved(make_run, capsys):
     code, text = audit(capsys, run_dir, "--verify")
     assert code == 0, text
     assert "proved: 20 steps read 160 samples, each once, none lost; 10 left out by data.skip; 34 batches" in text
+
+
+def test_a_source_that_was_removed_is_read_again_while_the_corpus_has_it(make_run, mixture, tmp_path, capsys):
+    run_dir = make_run((1, 6, 2, 2, []), (7, 12, 1, 2, [ALONE]))
+    code, text = audit(capsys, run_dir, "--verify")
+    assert code == 0, text
+    assert "proved: 12 steps read 96 samples, each once, none lost" in text
+    Tokenizer.load(mixture / "tokenizer").save(run_dir / "tokenizer")
+    code, text = audit(capsys, run_dir, "--step", 3)
+    assert code == 0, text
+    assert re.search(r"sample \d+: email, epoch 0", text)
+    less = tmp_path / "less"
+    shutil.copytree(mixture, less)
+    manifest = json.loads((less / "manifest.json").read_text())
+    del manifest["sources"]["email"]
+    (less / "manifest.json").write_text(json.dumps(manifest))
+    for what in (["--verify"], ["--step", 3]):
+        code, text = audit(capsys, run_dir, *what, "--corpus", less)
+        assert (code, "the run read email, which" in text) == (2, True), text
 
 
 def records(run_dir, start=1, rank=0):

@@ -41,7 +41,7 @@ class Cursor(BaseModel, frozen=True, extra="forbid"):
 
     samples: NonNegativeInt  # number of the next sample to read
     seed: NonNegativeInt
-    sources: dict[str, str]  # fingerprint of every source that the run has read
+    sources: dict[str, str]  # fingerprint of every source that the run has ever had
     eras: tuple[Era, ...]  # how they were mixed, from the beginning
 
 
@@ -68,6 +68,7 @@ class Dataset:
         self.orders: dict[str, WindowOrder] = {name: corpus.order(seed) for name, corpus in corpora.items()}
         self.seq_len = next(iter(corpora.values())).seq_len
         self.fixed_targets = not any(corpus.counts_targets for corpus in corpora.values())
+        self._fingerprints = {name: corpus.fingerprint for name, corpus in corpora.items()}  # gone ones' too: see go_on
         self._wishes: dict[Store, list[ShardEntry]] = {}
         self._masked = any(corpus.document_mask for corpus in corpora.values())
         self._skipped_samples = _spans(skip, batch)
@@ -121,7 +122,7 @@ class Dataset:
         if now != eras[-1]:
             eras.append(now.model_copy(update={"start": saved.samples}))
             log.info("the mixture of sources changes at sample %d", saved.samples)
-        self.eras = tuple(eras)
+        self.eras, self._fingerprints = tuple(eras), saved.sources | self._fingerprints
         self.mixture = Mixture(sorted({*self.names, *_names(eras)}), self.eras, self.seed)
         return saved.samples
 
@@ -130,7 +131,7 @@ class Dataset:
         differs = [f"seed was {saved.seed}, is {self.seed}"] if saved.seed != self.seed else []
         for name, fingerprint in saved.sources.items():
             if name in self.corpora:
-                before, now = _parts(fingerprint), _parts(self.corpora[name].fingerprint)
+                before, now = _parts(fingerprint), _parts(self._fingerprints[name])
                 differs += [
                     f"{key} of {name} was {before.get(key)}, is {now.get(key)}"
                     for key in sorted(before.keys() | now.keys())
@@ -145,8 +146,8 @@ class Dataset:
 
     def cursor(self, samples: int) -> dict[str, Any]:
         """What to save when `samples` is the number of the next sample to read."""
-        fingerprints = {name: corpus.fingerprint for name, corpus in self.corpora.items()}
-        return Cursor(samples=samples, seed=self.seed, sources=fingerprints, eras=self.eras).model_dump(mode="json")
+        saved = Cursor(samples=samples, seed=self.seed, sources=self._fingerprints, eras=self.eras)
+        return saved.model_dump(mode="json")
 
     # -- samples -------------------------------------------------------------------------------------------------------
 

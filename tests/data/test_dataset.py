@@ -175,6 +175,21 @@ def test_other_data_is_refused(folder, make_corpus):
         opened(folder, MIX).go_on({**cursor, "fingerprint": "of version 1"})
 
 
+def test_a_source_that_comes_back_must_be_the_same(folder, make_corpus):
+    """However long it was away: its index goes on where it was, so its text must be what it was."""
+    cursor = opened(folder, MIX).cursor(100)
+    for step in range(1, 4):
+        without = opened(folder, {"code": 1.0})
+        without.go_on(cursor)
+        cursor = without.cursor(100 + 50 * step)
+    assert opened(folder, MIX).go_on(cursor) == 250
+    other = make_corpus(name="other", **{**SHARDS, "poems": [[9, 2, 14], [9]]})
+    with pytest.raises(DatasetError, match=r"shards of poems was \w{16}, is \w{16}\. Go on with .*new source name"):
+        opened(other, MIX).go_on(cursor)
+    with pytest.raises(DatasetError, match=r"shards of poems was \w{16}, is \w{16}\. Go on with"):
+        Dataset.recall(config(other, {"code": 1.0}), T, 1, cursor)
+
+
 # -- what is left out --------------------------------------------------------------------------------------------------
 
 

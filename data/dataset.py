@@ -9,7 +9,7 @@ the next sample and what that number refers to: the cursor.
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 MANY_EPOCHS = 4  # repeated text helps little beyond this (Muennighoff et al., arXiv:2305.16264)
 
 IntArray = NDArray[np.int64]
+Stretch = tuple[int, int]  # first and last sample
 
 
 class DatasetError(DataError):
@@ -71,7 +72,8 @@ class Dataset:
         self._fingerprints = {name: corpus.fingerprint for name, corpus in corpora.items()}  # gone ones' too: see go_on
         self._wishes: dict[Store, list[ShardEntry]] = {}
         self._masked = any(corpus.document_mask for corpus in corpora.values())
-        self._skipped_samples = _spans(skip, batch)
+        self.stretches = _stretches(skip, batch)
+        self._skipped_samples = _merged(span for _, span in self.stretches)
         self._skipped_windows = [
             (entry.source, corpora[entry.source].windows_of(entry.shard, entry.documents))
             for entry in skip
@@ -349,16 +351,16 @@ def _names(eras: Sequence[Era]) -> set[str]:
     return {name for era in eras for stage in era.stages for name in stage.weights}
 
 
-def _spans(skip: Sequence[SkipConfig], batch: int) -> list[tuple[int, int]]:
-    """(first, last) sample of each stretch that is left out.
+def _stretches(skip: Sequence[SkipConfig], batch: int) -> list[tuple[SkipConfig, Stretch]]:
+    """The entries that name steps or samples, each with the samples that it leaves out.
 
     An entry's steps are as the log counted them when only the entries before it were there. Raises DatasetError where
     that is not known because documents are left out too.
     """
-    spans: list[tuple[int, int]] = []
+    found: list[tuple[SkipConfig, Stretch]] = []
     for entry in skip:
         if entry.samples is not None:
-            spans.append(entry.samples)
+            found.append((entry, entry.samples))
         if entry.steps is not None:
             if any(other.documents for other in skip):
                 raise DatasetError(
@@ -366,11 +368,21 @@ def _spans(skip: Sequence[SkipConfig], batch: int) -> list[tuple[int, int]]:
                     "apart; name samples instead: launcher/audit.py RUN --step K says which"
                 )
             first, last = (entry.steps[0] - 1) * batch, entry.steps[1] * batch - 1
-            for before in sorted(spans):  # samples left out earlier have pushed these on
-                length = before[1] - before[0] + 1
-                first, last = (n + length if n >= before[0] else n for n in (first, last))
-            spans.append((first, last))
-    return spans
+            for start, end in _merged(span for _, span in found):  # samples left out earlier have pushed these on
+                first, last = (n + end - start + 1 if n >= start else n for n in (first, last))
+            found.append((entry, (first, last)))
+    return found
+
+
+def _merged(spans: Iterable[Stretch]) -> list[Stretch]:
+    """Spans as ascending ones that do not overlap."""
+    merged: list[Stretch] = []
+    for first, last in sorted(spans):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return merged
 
 
 def _parts(fingerprint: str) -> dict[str, str]:

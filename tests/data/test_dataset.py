@@ -212,6 +212,20 @@ def test_left_out_steps_are_those_of_the_log(folder):
     assert set(dataset.take(0, 100)[0].tolist()) == set(range(112)) - {*range(4, 12), *range(20, 24)}
 
 
+@pytest.mark.parametrize(
+    "overlapping",
+    [[[10, 19], [15, 24]], [[15, 24], [10, 19]], [[10, 24], [12, 13]], [[10, 17], [18, 24]], [[10, 24]] * 2],
+)
+def test_overlapping_stretches_count_once(folder, overlapping):
+    """Steps named after them were pushed on by their union, not by their sum."""
+    skip = [{"samples": pair} for pair in overlapping]
+    before = opened(folder, MIX, batch=4, skip=skip)
+    step8 = before.take(before.take(0, 28)[1], 4)[0].tolist()
+    after = opened(folder, MIX, batch=4, skip=[*skip, {"steps": [8, 8]}])
+    assert step8 == [43, 44, 45, 46]
+    assert set(range(100)) - set(after.take(0, 81)[0].tolist()) == {*range(10, 25), *step8}
+
+
 @pytest.mark.parametrize("documents", [(0, 0), (1, 2), (0, 2)])
 def test_left_out_documents_are_in_no_sample(folder, documents):
     entry = {"source": "poems", "shard": "poems/train-00000", "documents": list(documents)}

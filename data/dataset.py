@@ -74,23 +74,28 @@ class Dataset:
         self._masked = any(corpus.document_mask for corpus in corpora.values())
         self.stretches = _stretches(skip, batch)
         self._skipped_samples = _merged(span for _, span in self.stretches)
-        self._skipped_windows = [
-            (entry.source, corpora[entry.source].windows_of(entry.shard, entry.documents))
-            for entry in skip
-            if entry.source is not None and entry.shard is not None and entry.documents is not None
-        ]
+        self._skipped_windows: dict[str, IntArray] = {}  # by source, ascending
+        for entry in skip:
+            if entry.source is not None and entry.shard is not None and entry.documents is not None:
+                windows = corpora[entry.source].windows_of(entry.shard, entry.documents)
+                known = self._skipped_windows.get(entry.source, windows)
+                self._skipped_windows[entry.source] = np.union1d(known, windows)
 
     @classmethod
     def open(cls, cfg: DataConfig, seq_len: int, batch: int = 1) -> "Dataset":
         """The training split of all sources of the config, mixed as it says.
 
-        Raises a DataError where the corpus lacks a source, or has none of its windows.
+        Raises a DataError where the corpus lacks a source, or has none of its windows, or cfg.skip leaves out all.
         """
         folder = CorpusFolder(cfg.corpus, reading(cfg, seq_len))
         corpora = {source.label: folder.split(source.label, "train") for source in cfg.sources}
         if unknown := sorted({e.source for e in cfg.skip if e.source is not None} - corpora.keys()):
             raise DatasetError(f"data.skip names {', '.join(unknown)}; data.sources has {list(corpora)}")
-        return cls(corpora, [_era(cfg, corpora, seq_len)], cfg.seed, cfg.skip, batch)
+        dataset = cls(corpora, [_era(cfg, corpora, seq_len)], cfg.seed, cfg.skip, batch)
+        for name, windows in dataset._skipped_windows.items():
+            if len(windows) == corpora[name].n_windows:
+                raise DatasetError(f"data.skip leaves out every window of {name}; take it out of data.sources instead")
+        return dataset
 
     @classmethod
     def recall(cls, cfg: DataConfig, seq_len: int, batch: int, cursor: dict[str, Any]) -> "Dataset":
@@ -171,7 +176,7 @@ class Dataset:
             out |= (samples >= first) & (samples <= last)
         if self._skipped_windows:
             place = self.locate(samples)
-            for name, windows in self._skipped_windows:
+            for name, windows in self._skipped_windows.items():
                 out |= (place.sources == self.mixture.names.index(name)) & np.isin(place.windows, windows)
         return out
 
@@ -269,6 +274,35 @@ class Dataset:
             )
         return "\n".join(lines)
 
+    def end_of(self, first: int, count: int) -> int:
+        """One past the last of the next `count` samples from `first` on that are not left out, without looking at each.
+
+        What take would say, where stretches are left out; where documents are, the most that it can be.
+        """
+        if count < 1:
+            return first
+        end = first + count
+        while (farther := self._behind_stretches(first, count + self._most_documents(first, end))) != end:
+            end = farther
+        return end
+
+    def _behind_stretches(self, first: int, count: int) -> int:
+        end = first + count
+        for low, high in self._skipped_samples:
+            if low < end and high >= first:
+                end += high - max(low, first) + 1
+        return end
+
+    def _most_documents(self, first: int, end: int) -> int:
+        """At most so many of the samples first to end - 1 have a token of left-out documents."""
+        before, after, total = self.mixture.counts(first), self.mixture.counts(end), 0
+        for name, windows in self._skipped_windows.items():
+            n, out = self.orders[name].n_windows, len(windows)
+            (epoch, rest), (last_epoch, last_rest) = divmod(before[name], n), divmod(after[name], n)
+            most = (last_epoch - epoch) * out + min(out, last_rest) - max(0, rest - (n - out))
+            total += min(most, after[name] - before[name])
+        return total
+
     # -- what a run will read ------------------------------------------------------------------------------------------
 
     def epochs(self, samples: int) -> dict[str, float]:
@@ -277,7 +311,7 @@ class Dataset:
         return {name: counts[name] / self.orders[name].n_windows for name in self.names}
 
     def check_length(self, samples: int) -> list[str]:
-        """Look ahead to the run's end at `samples` samples, passed-over ones included.
+        """Look ahead to the run's end at `samples` samples, left-out ones counted: what end_of says.
 
         Returns what its user should know, a line each: sources that end at max_epochs, and those read more often than
         MANY_EPOCHS times without one. Raises DatasetError when max_epochs ends all sources before.
@@ -285,8 +319,8 @@ class Dataset:
         end = self.mixture.end
         if end is not None and end < samples:
             raise DatasetError(
-                f"the run reads {samples} samples, but max_epochs in data.sources admits {end}; raise max_epochs, add "
-                "text, or set train.steps lower"
+                f"the run needs up to {samples} samples, left-out ones counted, but max_epochs in data.sources admits "
+                f"{end}; raise max_epochs, add text, or set train.steps lower"
             )
         lines = [
             f"{name} has been read max_epochs times at sample {sample} of {samples}; the other sources share its place"

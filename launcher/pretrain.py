@@ -279,7 +279,7 @@ def announce(
         cfg.train.steps,
         f"{cfg.tokens_per_step:,}",
     )
-    lines, warnings = data.announce(cfg.train.steps * cfg.global_batch_size)
+    lines, warnings = data.announce((cfg.train.steps - progress.step) * cfg.global_batch_size)
     for line in lines:
         log.info("  %s", line)
     for line in warnings:
@@ -475,16 +475,18 @@ def check(args: argparse.Namespace) -> tuple[RunConfig, Place, RunData]:
     cfg.grad_accum_steps(place.world_size)
     check_device(cfg.parallel.precision)
     refuse_other_config(cfg, args.allow_change)
-    return cfg, place, open_data(cfg, saved_cursor(cfg.run_dir / "checkpoints"))
+    return cfg, place, open_data(cfg, *saved_position(cfg.run_dir / "checkpoints"))
 
 
-def saved_cursor(checkpoints: Path) -> dict[str, Any] | None:
-    """The data cursor of the newest checkpoint, None where there is none or its manifest is damaged (resume tells)."""
+def saved_position(checkpoints: Path) -> tuple[dict[str, Any] | None, int]:
+    """Data cursor and step of the newest checkpoint; None and 0 where there is none or it is damaged (resume tells)."""
+    steps = committed_steps(checkpoints)
+    if not steps:
+        return None, 0
     try:
-        steps = committed_steps(checkpoints)
-        return CheckpointReader(checkpoints / f"step-{steps[-1]:08d}").manifest.cursor if steps else None
+        return CheckpointReader(checkpoints / f"step-{steps[-1]:08d}").manifest.cursor, steps[-1]
     except CheckpointError:
-        return None
+        return None, 0
 
 
 def main(argv: list[str]) -> int:

@@ -37,25 +37,25 @@ class RunData(ABC):
 
     @abstractmethod
     def announce(self, samples: int) -> tuple[list[str], list[str]]:
-        """(what a run of so many samples will read, what its user should know of it), lines of text."""
+        """(what the run will have read with so many samples more, what its user should know of it), lines of text."""
 
     @abstractmethod
     def progress(self, samples: int) -> dict[str, float]:
         """Metrics of what has been read after so many samples."""
 
 
-def open_data(cfg: RunConfig, cursor: dict[str, Any] | None) -> RunData:
-    """Open a run's data; cursor: of its newest checkpoint, None on a fresh run.
+def open_data(cfg: RunConfig, cursor: dict[str, Any] | None, step: int) -> RunData:
+    """Open a run's data; cursor and step: of its newest checkpoint, None and 0 on a fresh run.
 
     Raises DataError or ConfigError where they do not fit the config, the cursor or the length of the run.
     """
-    return PreparedData(cfg, cursor) if cfg.data.stream is None else StreamedData(cfg)
+    return PreparedData(cfg, cursor, step) if cfg.data.stream is None else StreamedData(cfg)
 
 
 class PreparedData(RunData):
     """The sources of a prepared corpus, mixed."""
 
-    def __init__(self, cfg: RunConfig, cursor: dict[str, Any] | None) -> None:
+    def __init__(self, cfg: RunConfig, cursor: dict[str, Any] | None, step: int) -> None:
         self.dataset = Dataset.open(cfg.data, cfg.model.seq_len, cfg.global_batch_size)
         self.valid, self._not_evaluated = open_valid(cfg.data, cfg.model.seq_len)
         self.tokenizer = CorpusFolder(cfg.data.corpus, reading(cfg.data, cfg.model.seq_len)).tokenizer()
@@ -66,32 +66,36 @@ class PreparedData(RunData):
                 f"{cfg.data.corpus} has {n_windows} sequences of {cfg.model.seq_len} tokens, one step takes "
                 f"{cfg.global_batch_size}; use a larger corpus or a smaller train.global_batch_size"
             )
-        if cursor is not None:
-            self.dataset.go_on(cursor)
-        self.dataset.check_length(cfg.train.steps * cfg.global_batch_size)
+        self._first = self._go_on(cursor)
+        self.dataset.check_length(self.dataset.end_of(self._first, (cfg.train.steps - step) * cfg.global_batch_size))
 
     def loader(self, cfg: RunConfig, mesh: Mesh, cursor: dict[str, Any] | None) -> Loader:
+        self._first = self._go_on(cursor)  # of an earlier checkpoint, where the newest was damaged
         return Loader(
             self.dataset,
             global_batch_size=cfg.global_batch_size,
             micro_batch_size=cfg.train.micro_batch_size,
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dp_size,
-            samples=0 if cursor is None else self.dataset.go_on(cursor),
+            samples=self._first,
         )
+
+    def _go_on(self, cursor: dict[str, Any] | None) -> int:
+        return 0 if cursor is None else self.dataset.go_on(cursor)
 
     def shares(self, sample: int) -> dict[str, float]:
         return self.dataset.mixture.shares(sample)
 
     def announce(self, samples: int) -> tuple[list[str], list[str]]:
-        counts, epochs = self.dataset.mixture.counts(samples), self.dataset.epochs(samples)
+        end = self.dataset.end_of(self._first, samples)
+        counts, epochs = self.dataset.mixture.counts(end), self.dataset.epochs(end)
         total = sum(counts.values())
         lines = [
             f"{name}: {counts[name] / total:.2%} of the run's samples, {epochs[name]:.2f} epochs of {corpus.n_tokens:,} "
             f"tokens (held out: {self.valid[name].n_tokens if name in self.valid else 0:,})"
             for name, corpus in self.dataset.corpora.items()
         ]
-        return lines, self._not_evaluated + self.dataset.check_length(samples)
+        return lines, self._not_evaluated + self.dataset.check_length(end)
 
     def progress(self, samples: int) -> dict[str, float]:
         counts = self.dataset.mixture.counts(samples)

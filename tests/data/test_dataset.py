@@ -89,7 +89,9 @@ def test_max_epochs(folder):
     assert dataset.check_length(20) == []
     capped = opened(folder, {"prose": {"weight": 1.0, "max_epochs": 1.0}})
     assert capped.check_length(17) == []
-    with pytest.raises(DatasetError, match="the run reads 18 samples, but max_epochs in data.sources admits 17; raise"):
+    with pytest.raises(
+        DatasetError, match="up to 18 samples, left-out ones counted, but max_epochs in data.sources admits 17; raise"
+    ):
         capped.check_length(18)
     with pytest.raises(MixtureError, match="sample 17 is asked for"):
         capped.read(np.array([17]))
@@ -242,7 +244,38 @@ def test_left_out_documents_are_in_no_sample(folder, documents):
         assert touched == (sample in left)
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    spans=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 40)), max_size=5),
+    first=st.integers(0, 200),
+    count=st.integers(-5, 200),
+)
+def test_the_end_of_a_run_is_known_before_it_is_read(folder, spans, first, count):
+    skip = [{"samples": [low, low + more]} for low, more in spans]
+    exact = opened(folder, MIX, skip=skip)
+    assert exact.end_of(first, count) == (exact.take(first, count)[1] if count > 0 else first)
+    documents = [{"source": "poems", "shard": "poems/train-00000", "documents": [n, n]} for n in (0, 1, 0)]
+    bound = opened(folder, MIX, skip=[*skip, *documents])
+    assert bound.end_of(first, count) >= (bound.take(first, count)[1] if count > 0 else first)
+
+
+def test_a_finished_run_has_its_end_behind_it(folder):
+    assert opened(folder, MIX, skip=[{"samples": [10, 19]}]).end_of(15, 0) == 15
+
+
+def test_of_left_out_documents_the_end_is_exact_after_whole_epochs(folder):
+    dataset = opened(folder, ["poems"], skip=[{"source": "poems", "shard": "poems/train-00000", "documents": [0, 0]}])
+    assert dataset.corpora["poems"].n_windows == 9
+    for epochs in (1, 2, 1000):
+        assert dataset.end_of(0, 4 * epochs) == 9 * epochs  # 5 of the 9 windows are left out
+        assert dataset.end_of(9, 4 * epochs) == 9 + 9 * epochs
+        assert 9 * epochs - 5 <= dataset.take(0, 4 * epochs)[1] <= 9 * epochs
+
+
 def test_skip_refusals(folder):
+    with pytest.raises(DatasetError, match="data.skip leaves out every window of poems; take it out of data.sources"):
+        opened(folder, MIX, skip=[{"source": "poems", "shard": f"poems/train-0000{n}", "documents": [0, 2 - 2 * n]}
+                                  for n in (0, 1)])  # fmt: skip
     with pytest.raises(DatasetError, match=r"data.skip names songs; data.sources has \['prose', 'poems', 'code'\]"):
         opened(folder, MIX, skip=[{"source": "songs", "shard": "x", "documents": [0, 0]}])
     entry = {"source": "poems", "shard": "poems/train-00000", "documents": [0, 0]}

@@ -23,7 +23,7 @@ class StageConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 class SkipConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Samples that are left out: a stretch of steps or samples of the run, or documents of a shard. Say one of them."""
 
-    steps: tuple[int, int] | None = None  # first and last step, as the log counts them, at the present batch size
+    steps: tuple[int, int] | None = None  # first and last step, as the log counts them; refused once the batch changed
     samples: tuple[int, int] | None = None  # first and last global sample number
     source: str | None = None  # with shard and documents
     shard: str | None = None  # as launcher/audit.py names it

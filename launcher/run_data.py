@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from data.config import SkipConfig
 from data.corpus import Corpus, CorpusFolder
 from data.dataset import Dataset, open_valid, reading
 from data.errors import DataError
@@ -15,6 +16,7 @@ from data.store import is_url
 from data.stream import StreamLoader
 from data.tokenizer import Tokenizer, load_tokenizer
 from launcher.config import ConfigError, RunConfig
+from launcher.run_dir import Ledger
 from parallel.mesh import Mesh
 
 AnyLoader = Loader | StreamLoader
@@ -56,6 +58,9 @@ class PreparedData(RunData):
     """The sources of a prepared corpus, mixed."""
 
     def __init__(self, cfg: RunConfig, cursor: dict[str, Any] | None, step: int) -> None:
+        starts = [event for event in Ledger(cfg.run_dir).events() if event["event"] == "start"]
+        _check_steps(cfg, starts)
+        self._skip_before = [SkipConfig.model_validate(e) for e in (starts[-1].get("skip", []) if starts else [])]
         self.dataset = Dataset.open(cfg.data, cfg.model.seq_len, cfg.global_batch_size)
         self.valid, self._not_evaluated = open_valid(cfg.data, cfg.model.seq_len)
         self.tokenizer = CorpusFolder(cfg.data.corpus, reading(cfg.data, cfg.model.seq_len)).tokenizer()
@@ -95,7 +100,17 @@ class PreparedData(RunData):
             f"tokens (held out: {self.valid[name].n_tokens if name in self.valid else 0:,})"
             for name, corpus in self.dataset.corpora.items()
         ]
-        return lines, self._not_evaluated + self.dataset.check_length(end)
+        return lines, self._not_evaluated + self.dataset.check_length(end) + self._read_already()
+
+    def _read_already(self) -> list[str]:
+        """What new entries of data.skip name in vain."""
+        return [
+            f"data.skip has {entry.model_dump(mode='json', exclude_none=True)}, but samples {low} to "
+            f"{min(high, self._first - 1)} were read before this checkpoint (of sample {self._first}) and stay in the run; "
+            "to leave them out, go on from a checkpoint before them: move the later ones away"
+            for entry, (low, high) in self.dataset.stretches
+            if entry not in self._skip_before and low < self._first
+        ]
 
     def progress(self, samples: int) -> dict[str, float]:
         counts = self.dataset.mixture.counts(samples)
@@ -145,6 +160,19 @@ class StreamedData(RunData):
 
     def progress(self, samples: int) -> dict[str, float]:
         return {}
+
+
+def _check_steps(cfg: RunConfig, starts: list[dict[str, Any]]) -> None:
+    """Raise ConfigError where data.skip names steps of a run whose starts had other batch sizes."""
+    named = [str(list(entry.steps)) for entry in cfg.data.skip if entry.steps is not None]
+    sizes = sorted({event["global_batch_size"] for event in starts if "global_batch_size" in event})
+    if named and set(sizes) - {cfg.global_batch_size}:
+        raise ConfigError(
+            f"data.skip names steps {', '.join(named)}, but this run has had steps of {', '.join(map(str, sizes))} "
+            f"sequences and is to have {cfg.global_batch_size}, so that a step's number does not tell its samples; name "
+            f"samples instead: launcher/audit.py {cfg.run_dir} --step K says which. Entries that the run has passed can "
+            "be taken out"
+        )
 
 
 def _check_vocabulary(cfg: RunConfig, tokenizer: Tokenizer) -> None:

@@ -137,7 +137,7 @@ class Ledger:
         """All whole lines that are events; one that a crash cut, or that something else wrote, is left out."""
         try:
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         events = []
         for line in lines:

@@ -4,8 +4,9 @@ import pytest
 
 from data.dataset import DatasetError
 from launcher import pretrain
-from launcher.config import load_config
+from launcher.config import ConfigError, load_config
 from launcher.run_data import open_data
+from launcher.run_dir import Ledger
 from parallel.checkpoint import Manifest, _commit
 from runs import RECIPE
 
@@ -93,3 +94,42 @@ def test_the_command_takes_step_and_sample_from_the_newest_checkpoint(opened, re
     assert pretrain.main(["--config", str(recipe), ONCE, f"train.steps={steps}"]) == 2
     assert f"needs up to {(steps + 2) * G} samples" in capsys.readouterr().err
     pretrain.check(pretrain.parse_arguments(["--config", str(recipe), ONCE, f"train.steps={steps - 2}"]))
+
+
+# -- data.skip of a run that has begun ---------------------------------------------------------------------------------
+
+
+def note_start(recipe, step, batch, skip=()):
+    folder = recipe.parent / "runs/test"
+    folder.mkdir(parents=True, exist_ok=True)
+    Ledger(folder).add("start", number=1, step=step, global_batch_size=batch, skip=list(skip))
+
+
+def test_steps_are_refused_after_another_batch_size(opened, recipe, capsys):
+    """Their numbers would be taken at the present batch, and other samples left out without a word."""
+    skip = "data.skip=[{steps: [3, 4]}, {samples: [7, 8]}, {steps: [6, 6]}]"
+    note_start(recipe, 0, G)
+    opened(MIX, skip)
+    note_start(recipe, 5, 16)
+    note_start(recipe, 9, G)
+    with pytest.raises(ConfigError, match=r"data.skip names steps \[3, 4\], \[6, 6\], but .* steps of 8, 16 sequences"):
+        opened(MIX, skip)
+    assert pretrain.main(["--config", str(recipe), MIX, skip]) == 2
+    assert f"name samples instead: launcher/audit.py {recipe.parent}/runs/test --step K says" in capsys.readouterr().err
+    opened(MIX, "data.skip=[{samples: [7, 8]}]")
+
+
+def test_what_was_read_before_it_was_to_be_left_out_is_told(opened, recipe):
+    cursor = opened(MIX).dataset.cursor(80)
+    old = {"samples": [30, 39]}
+    note_start(recipe, 0, G)
+    note_start(recipe, 5, G, [old])
+    skip = [old, {"steps": [2, 3]}, {"samples": [76, 85]}, {"samples": [80, 89]}]
+    data = opened(MIX, f"data.skip={skip}", step=10, cursor=cursor)
+    note_start(recipe, 10, G, skip)  # as pretrain does before it announces
+    _, warnings = data.announce(14 * G)
+    assert warnings == [
+        f"data.skip has {{'{key}': {pair}}}, but samples {low} to {high} were read before this checkpoint (of sample 80) "
+        "and stay in the run; to leave them out, go on from a checkpoint before them: move the later ones away"
+        for key, pair, low, high in (("steps", [2, 3], 8, 23), ("samples", [76, 85], 76, 79))
+    ]

@@ -7,7 +7,6 @@ the next sample and what that number refers to: the cursor.
 """
 
 import json
-import logging
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 
-from data.config import DataConfig, SkipConfig
+from data.config import DataConfig, SkipConfig, StageConfig
 from data.corpus import Corpus, CorpusFolder, Piece, Reading
 from data.errors import DataError
 from data.layout import Rows
@@ -24,8 +23,6 @@ from data.manifest import ShardEntry
 from data.mixture import Era, EraStage, Mixture, temper
 from data.order import WindowOrder
 from data.store import Store
-
-log = logging.getLogger(__name__)
 
 MANY_EPOCHS = 4  # repeated text helps little beyond this (Muennighoff et al., arXiv:2305.16264)
 
@@ -128,7 +125,6 @@ class Dataset:
         now = self.eras[-1].model_copy(update={"start": eras[-1].start})
         if now != eras[-1]:
             eras.append(now.model_copy(update={"start": saved.samples}))
-            log.info("the mixture of sources changes at sample %d", saved.samples)
         self.eras, self._fingerprints = tuple(eras), saved.sources | self._fingerprints
         self.mixture = Mixture(sorted({*self.names, *_names(eras)}), self.eras, self.seed)
         return saved.samples
@@ -309,6 +305,28 @@ class Dataset:
         """How often each source has been read when the run has passed `samples` samples."""
         counts = self.mixture.counts(samples)
         return {name: counts[name] / self.orders[name].n_windows for name in self.names}
+
+    def change(self, first: int, stages: Sequence[StageConfig]) -> tuple[list[str], list[str]]:
+        """(news, warnings) of a mixture that the config changes where the run goes on; none where it does not.
+
+        first: what go_on returned.    stages: of the config.
+        """
+        if len(self.eras) < 2 or self.eras[-1].start != first:
+            return [], []
+        (past, now), names = self.eras[-2:], self.mixture.names
+        differs = self.mixture.differs_from(Mixture(names, self.eras[:-1], self.seed), first)
+        if differs == first:
+            shares = ", ".join(f"{name} {share:.2%}" for name, share in self.mixture.shares(first).items() if share)
+            return [f"the mixture of sources changes at sample {first}: {shares}"], []
+        effect = f"the change takes effect {'at no sample' if differs is None else f'from sample {differs} on'}"
+        stage = sum(stage.start <= first for stage in now.stages) - 1
+        if stage and past.stages[0] != now.stages[0]:
+            return [], [
+                f"data.sources has other weights than before, but at sample {first} the stage from_tokens="
+                f"{stages[stage - 1].from_tokens} of data.stages governs, with weights of its own: edit these and allow "
+                f"data.stages to change the mixture here. As it is, {effect}"
+            ]
+        return [f"the mixture of sources at sample {first} is what it was; {effect}"], []
 
     def check_length(self, samples: int) -> list[str]:
         """Look ahead to the run's end at `samples` samples, left-out ones counted: what end_of says.

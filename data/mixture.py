@@ -111,6 +111,15 @@ class Mixture:
         segment = max((s for s in self.segments if s.start <= sample), key=lambda s: s.start)
         return {name: share / UNIT for name, share in zip(self.names, segment.shares, strict=True)}
 
+    def differs_from(self, other: "Mixture", sample: int) -> int | None:
+        """The first sample from `sample` on whose shares another mixture of the same names has otherwise; None: none."""
+        edges = [edge for m in (self, other) for edge in (*(s.start for s in m.segments), m.end) if edge is not None]
+        for edge in sorted({sample, *(edge for edge in edges if edge > sample)}):
+            here, there = (None if m.end is not None and edge >= m.end else m.shares(edge) for m in (self, other))
+            if here != there:
+                return edge
+        return None
+
     # -- segments ------------------------------------------------------------------------------------------------------
 
     def _add_era(self, era: Era, end: int | None) -> None:

@@ -61,6 +61,7 @@ class PreparedData(RunData):
         starts = [event for event in Ledger(cfg.run_dir).events() if event["event"] == "start"]
         _check_steps(cfg, starts)
         self._skip_before = [SkipConfig.model_validate(e) for e in (starts[-1].get("skip", []) if starts else [])]
+        self._stages = cfg.data.stages
         self.dataset = Dataset.open(cfg.data, cfg.model.seq_len, cfg.global_batch_size)
         self.valid, self._not_evaluated = open_valid(cfg.data, cfg.model.seq_len)
         self.tokenizer = CorpusFolder(cfg.data.corpus, reading(cfg.data, cfg.model.seq_len)).tokenizer()
@@ -100,7 +101,8 @@ class PreparedData(RunData):
             f"tokens (held out: {self.valid[name].n_tokens if name in self.valid else 0:,})"
             for name, corpus in self.dataset.corpora.items()
         ]
-        return lines, self._not_evaluated + self.dataset.check_length(end) + self._read_already()
+        news, warnings = self.dataset.change(self._first, self._stages)
+        return news + lines, self._not_evaluated + warnings + self.dataset.check_length(end) + self._read_already()
 
     def _read_already(self) -> list[str]:
         """What new entries of data.skip name in vain."""

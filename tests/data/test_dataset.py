@@ -160,6 +160,65 @@ def test_looking_back_after_a_change(folder, make_corpus):
         Dataset.recall(config(less, {"code": 1.0}), T, 1, cursor)
 
 
+LATER = [{"from_tokens": 199 * T + 1, "weights": {"code": 1.0}}]  # from sample 200 on
+
+
+def change_of(folder, before, now, first):
+    """What is said when a run goes on from sample `first`; before, now: (weights, what else the config says)."""
+    dataset = opened(folder, before[0], **before[1])
+    later = opened(folder, now[0], **now[1])
+    assert later.go_on(dataset.cursor(first)) == first
+    said = later.change(first, config(folder, now[0], **now[1]).stages)
+    going_on = opened(folder, now[0], **now[1])  # the same config once more: nothing is new
+    assert going_on.go_on(later.cursor(first + 50)) == first + 50
+    assert going_on.change(first + 50, []) == ([], [])
+    return said
+
+
+def test_a_change_of_the_mixture_is_told(folder):
+    even = {"prose": 1.0, "poems": 2.0, "code": 1.0}
+    assert change_of(folder, (MIX, {}), (even, {}), 100) == (
+        ["the mixture of sources changes at sample 100: code 25.00%, poems 50.00%, prose 25.00%"],
+        [],
+    )
+    assert change_of(folder, (MIX, {"stages": LATER}), (even, {"stages": LATER}), 100)[0][0].startswith(
+        "the mixture of s"
+    )
+    assert change_of(folder, (MIX, {}), (MIX, {}), 100) == ([], [])
+    assert opened(folder, MIX).change(0, []) == ([], [])  # a fresh run
+
+
+def test_a_change_that_a_stage_hides_is_warned_of(folder):
+    """The weights of data.sources do not matter while a stage of data.stages governs."""
+    even = {"prose": 1.0, "poems": 2.0, "code": 1.0}
+    lines, (warning,) = change_of(folder, (MIX, {"stages": LATER}), (even, {"stages": LATER}), 250)
+    assert lines == []
+    assert warning == (
+        f"data.sources has other weights than before, but at sample 250 the stage from_tokens={199 * T + 1} of data.stages "
+        "governs, with weights of its own: edit these and allow data.stages to change the mixture here. As it is, the "
+        "change takes effect at no sample"
+    )
+    more = [*LATER, {"from_tokens": 400 * T, "weights": {"poems": 1.0}}]
+    _, (warning,) = change_of(folder, (MIX, {"stages": LATER}), (even, {"stages": more}), 250)
+    assert warning.endswith("As it is, the change takes effect from sample 400 on")
+
+
+def test_a_change_that_comes_later_is_told(folder):
+    more = [*LATER, {"from_tokens": 400 * T, "weights": {"poems": 1.0}}]
+    assert change_of(folder, (MIX, {"stages": LATER}), (MIX, {"stages": more}), 250) == (
+        ["the mixture of sources at sample 250 is what it was; the change takes effect from sample 400 on"], []
+    )  # fmt: skip
+    once = {"prose": {"weight": 1.0, "max_epochs": 1.0}}
+    twice = {"prose": {"weight": 1.0, "max_epochs": 2.0}}
+    assert change_of(folder, (once, {}), (twice, {}), 10)[0] == [
+        "the mixture of sources at sample 10 is what it was; the change takes effect from sample 17 on"
+    ]
+    gone = [{"from_tokens": 50 * T, "weights": {"code": 1.0}}, *LATER]
+    assert change_of(folder, (MIX, {"stages": LATER}), (MIX, {"stages": gone}), 250)[0] == [
+        "the mixture of sources at sample 250 is what it was; the change takes effect at no sample"
+    ]
+
+
 def test_other_data_is_refused(folder, make_corpus):
     cursor = opened(folder, MIX).cursor(10)
     with pytest.raises(DatasetError, match=r"on other data than .*: seed was 3, is 4\. Go on with"):

@@ -136,6 +136,23 @@ def test_a_name_more_changes_nothing():
     )
 
 
+def test_where_two_mixtures_part():
+    def parts(one, other, sample):
+        return Mixture("abc", [one], 0).differs_from(Mixture("abc", [other], 0), sample)
+
+    staged = era({"a": 1}, (1000, {"b": 1}), (2000, {"c": 1}))
+    assert parts(staged, staged, 0) is None
+    assert parts(staged, era({"b": 1}), 0) == 0
+    assert parts(staged, era({"b": 1}), 1500) == 2000
+    assert parts(era({"b": 1}), staged, 1500) == 2000
+    assert parts(staged, era({"c": 1}), 2000) is None
+    assert parts(era({"a": 1}, a=30), era({"a": 1}, a=50), 10) == 30  # the first has an end there
+    assert (
+        parts(era({"a": 1, "b": 1}, a=30), era({"a": 1, "b": 1}), 0)
+        == (Mixture("abc", [era({"a": 1, "b": 1}, a=30)], 0).exhausted[0][0])
+    )
+
+
 def test_a_share_too_small_is_refused():
     with pytest.raises(MixtureError, match=r"the share of b in the mixture is 1.00e-07; expected at least 9.54e-07"):
         Mixture("ab", [era({"a": 1, "b": 1e-7})], 0)

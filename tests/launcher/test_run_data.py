@@ -82,6 +82,17 @@ def test_what_is_announced_is_the_whole_run(opened):
     assert warnings == []
 
 
+def test_a_changed_mixture_is_announced(opened):
+    cursor = opened(MIX).dataset.cursor(80)
+    lines, _ = opened(sources(email=1.0, json=1.0), step=10, cursor=cursor).announce(14 * G)
+    assert "the mixture of sources changes at sample 80: email 50.00%, json 50.00%" in lines
+    stages = "data.stages=[{from_tokens: 1280, weights: {json: 1.0}}]"
+    cursor = opened(MIX, stages).dataset.cursor(80)
+    lines, warnings = opened(sources(email=1.0, json=1.0), stages, step=10, cursor=cursor).announce(14 * G)
+    assert not any("the mixture of sources" in line for line in lines)
+    assert any("at sample 80 the stage from_tokens=1280 of data.stages governs" in line for line in warnings)
+
+
 def test_the_command_takes_step_and_sample_from_the_newest_checkpoint(opened, recipe, capsys):
     n = windows_of(opened(ONCE))
     steps = n // G

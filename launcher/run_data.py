@@ -178,15 +178,15 @@ def _check_steps(cfg: RunConfig, starts: list[dict[str, Any]]) -> None:
 
 
 def _check_vocabulary(cfg: RunConfig, tokenizer: Tokenizer) -> None:
-    ours, theirs = cfg.model.vocab_size, tokenizer.vocab_size
+    ours, theirs, data = cfg.model.vocab_size, tokenizer.vocab_size, cfg.data
+    where = f"data.corpus={data.corpus}" if data.stream is None else f"data.stream.tokenizer={data.stream.tokenizer}"
     if ours < theirs:
         raise ConfigError(
-            f"model.vocab_size={ours} is smaller than the vocabulary of {cfg.data.corpus}, {theirs}; set it to {theirs} "
-            "or more"
+            f"model.vocab_size={ours} is smaller than the vocabulary of {where}, {theirs}; set it to {theirs} or more"
         )
     if ours > theirs and (ours % 64 or ours - theirs >= 256):
         raise ConfigError(
-            f"model.vocab_size={ours} is larger than the vocabulary of {cfg.data.corpus}, {theirs}; set it to {theirs}, "
+            f"model.vocab_size={ours} is larger than the vocabulary of {where}, {theirs}; set it to {theirs}, "
             f"or for the speed of even matrices to a multiple of 64 less than 256 above it, such as "
             f"{(theirs // 64 + 1) * 64}"
         )

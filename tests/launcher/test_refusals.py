@@ -41,6 +41,16 @@ def test_refused_before_anything_is_started(capsys, recipe, override, message):
     assert not (recipe.parent / "runs").exists()
 
 
+@pytest.mark.parametrize(("vocab_size", "compared"), [(300, "smaller"), (1024, "larger")])
+def test_the_vocabulary_of_a_stream_is_its_tokenizers(capsys, recipe, corpus, tmp_path, vocab_size, compared):
+    stream = f"data.stream={{dataset: text, data_files: ['x.txt'], tokenizer: {corpus}/tokenizer}}"
+    message = refused(capsys, recipe, f"model.vocab_size={vocab_size}", stream, f"data.corpus={tmp_path}/none")
+    assert f"is {compared} than the vocabulary of data.stream.tokenizer={corpus}/tokenizer, 512; set it to" in message
+    assert "none" not in message
+    message = refused(capsys, recipe, f"model.vocab_size={vocab_size}")
+    assert f"is {compared} than the vocabulary of data.corpus={corpus}, 512; set it to" in message
+
+
 def test_a_padded_vocabulary_is_allowed(recipe):
     args = pretrain.parse_arguments(["--config", str(recipe), "model.vocab_size=576"])
     assert pretrain.check(args)[0].model.vocab_size == 576

@@ -65,6 +65,15 @@ def test_without_weights_a_sources_share_is_that_of_its_tokens(folder):
     assert warmer == pytest.approx({name: root / sum(roots.values()) for name, root in roots.items()})
 
 
+def test_temperature_evens_out_weights_and_stages(folder):
+    stages = [{"from_tokens": 400 * T, "weights": {"prose": 9.0, "code": 1.0}}]
+    dataset = opened(folder, {"prose": 16.0, "poems": 4.0, "code": 1.0}, temperature=2.0, stages=stages)
+    assert dataset.mixture.shares(0) == pytest.approx({"prose": 4 / 7, "poems": 2 / 7, "code": 1 / 7})
+    assert dataset.mixture.shares(400) == pytest.approx({"prose": 0.75, "poems": 0.0, "code": 0.25})
+    given = np.bincount(dataset.locate(np.arange(400)).sources, minlength=3)
+    assert np.abs(given - 400 * np.array([1, 2, 4]) / 7).max() < 40  # code, poems, prose
+
+
 def test_the_order_of_names_in_a_config_changes_nothing(folder):
     there, back = opened(folder, MIX), opened(folder, dict(reversed(MIX.items())))
     assert there.read(np.arange(500)).tokens.tolist() == back.read(np.arange(500)).tokens.tolist()

@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from launcher import pretrain
+from launcher.config import load_config
+from launcher.run_dir import save_config
 from runs import ROOT, environment, run, start, torchrun, wait_for_step, write_recipe
 
 
@@ -104,6 +106,31 @@ def test_a_run_folder_of_another_config(capsys, recipe):
     assert "--allow-change optim.lrr: no such key" in capsys.readouterr().err
     (run_dir / "config.yaml").write_text("[")
     assert "config.yaml cannot be read" in refused(capsys, recipe)
+
+
+def test_another_mixture_is_refused_unless_it_is_allowed(capsys, tmp_path, mixture, recipe):
+    recipe = write_recipe(tmp_path, mixture, "mixed")
+
+    def sources(**weights):
+        return f"data.sources={[{'kind': 'text', 'paths': ['-'], 'name': n, 'weight': w} for n, w in weights.items()]}"
+
+    cfg = load_config(str(recipe), [sources(email=0.6, json=0.4)])
+    cfg.run_dir.mkdir(parents=True)
+    save_config(cfg)
+    stage = "data.stages=[{from_tokens: 99, weights: {email: 1.0}}]"
+    text = refused(capsys, recipe, sources(email=0.5, asyncio=0.4), "data.temperature=2.0", stage)
+    assert "holds a run of another config" in text
+    for line in (
+        "data.sources.email.weight: was 0.6, is 0.5",
+        "data.sources.json.weight: was 0.4, is None",
+        "data.sources.asyncio.weight: was None, is 0.4",
+        "data.temperature: was 1.0, is 2.0",
+    ):
+        assert f"  {line}\n" in text
+    text = refused(capsys, recipe, sources(email=0.6, json=0.4), stage)
+    assert "data.stages: was [], is [{'from_tokens': 99, 'weights': {'email': 1.0}}]" in text
+    allowed = ["--allow-change", "data.sources"]
+    pretrain.check(pretrain.parse_arguments(["--config", str(recipe), sources(email=0.5, asyncio=0.4), *allowed]))
 
 
 def test_a_folder_that_cannot_be_written(capsys, recipe, tmp_path):

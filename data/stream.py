@@ -91,16 +91,16 @@ class StreamLoader(Iterator[StepBatch]):
 
     cursor: what merge_cursors gave at the checkpoint to go on from; refused when it belongs to other data.
     prefetch: batches made ready ahead; the workers are a step or two further still.
-    Raises StreamError when the dataset cannot be opened, batch or lanes do not divide, or the cursor is refused. What
-    goes wrong later is raised by the step that lacks its batch: StreamError for what cannot be read and for a worker
-    that died, StreamEnd after the last of data.stream.epochs. Call close() when done, or use it as a context manager.
+    Raises StreamError when batch or lanes do not divide, or the cursor is refused. What goes wrong later is raised by
+    the step that lacks its batch: StreamError for what cannot be read and for a worker that died, StreamEnd after the
+    last of data.stream.epochs. Call close() when done, or use it as a context manager.
     """
 
     fixed_targets = True  # every target counts, so that a batch's n_targets is the step's
 
     def __init__(
         self,
-        cfg: StreamConfig,
+        stream: Stream,
         *,
         seq_len: int,
         seed: int,
@@ -111,12 +111,12 @@ class StreamLoader(Iterator[StepBatch]):
         cursor: dict[str, Any] | None = None,
         prefetch: int = 2,
     ) -> None:
-        _check_numbers(cfg, seq_len, global_batch_size, micro_batch_size, dp_rank, dp_size, prefetch)
-        stream = Stream.open(cfg)
+        _check_numbers(seq_len, global_batch_size, micro_batch_size, dp_rank, dp_size, prefetch)
+        check_lanes(stream.cfg, dp_size)
         stream.warn()
         self.fingerprint = fingerprint(stream, seq_len, seed)
-        self.cfg = cfg
-        self._samples, lanes = 0, [LaneState(lane=lane) for lane in range(cfg.lanes)]
+        self.cfg = stream.cfg
+        self._samples, lanes = 0, [LaneState(lane=lane) for lane in range(self.cfg.lanes)]
         if cursor is not None:
             start = self.check_cursor(cursor, self.fingerprint)
             self._samples, lanes = start.samples, start.lanes
@@ -297,8 +297,23 @@ def fingerprint(stream: Stream, seq_len: int, seed: int) -> dict[str, str]:
     }
 
 
+def check_lanes(cfg: StreamConfig, dp_size: int) -> None:
+    """Raise StreamError unless all ranks get as many lanes, and each of their workers one at least."""
+    if cfg.lanes % dp_size:
+        sizes = [str(size) for size in range(1, cfg.lanes + 1) if cfg.lanes % size == 0]
+        raise StreamError(
+            f"data.stream.lanes={cfg.lanes} cannot be shared by dp_size={dp_size} ranks; it can by {', '.join(sizes)}. A "
+            f"run keeps its lanes; for a new one the nearest that fit are: {_nearest(cfg.lanes, dp_size)}"
+        )
+    if cfg.workers > cfg.lanes // dp_size:
+        raise StreamError(
+            f"data.stream.workers={cfg.workers}, but a rank of {dp_size} has {cfg.lanes // dp_size} of the "
+            f"{cfg.lanes} lanes; use at most {cfg.lanes // dp_size} workers, or in a new run more lanes"
+        )
+
+
 def _check_numbers(
-    cfg: StreamConfig, seq_len: int, global_batch_size: int, micro_batch_size: int, rank: int, ranks: int, prefetch: int
+    seq_len: int, global_batch_size: int, micro_batch_size: int, rank: int, ranks: int, prefetch: int
 ) -> None:
     if seq_len < 1:
         raise StreamError(f"seq_len={seq_len}; expected at least 1")
@@ -313,17 +328,6 @@ def _check_numbers(
         raise StreamError(
             f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size={micro_batch_size} x "
             f"dp_size={ranks}; the nearest that are: {_nearest(global_batch_size, unit)}"
-        )
-    if cfg.lanes % ranks:
-        sizes = [str(size) for size in range(1, cfg.lanes + 1) if cfg.lanes % size == 0]
-        raise StreamError(
-            f"data.stream.lanes={cfg.lanes} cannot be shared by dp_size={ranks} ranks; it can by {', '.join(sizes)}. A "
-            f"run keeps its lanes; for a new one the nearest that fit are: {_nearest(cfg.lanes, ranks)}"
-        )
-    if cfg.workers > cfg.lanes // ranks:
-        raise StreamError(
-            f"data.stream.workers={cfg.workers}, but a rank of {ranks} has {cfg.lanes // ranks} of the "
-            f"{cfg.lanes} lanes; use at most {cfg.lanes // ranks} workers, or in a new run more lanes"
         )
 
 

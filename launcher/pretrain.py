@@ -475,7 +475,7 @@ def check(args: argparse.Namespace) -> tuple[RunConfig, Place, RunData]:
     cfg.grad_accum_steps(place.world_size)
     check_device(cfg.parallel.precision)
     refuse_other_config(cfg, args.allow_change)
-    return cfg, place, open_data(cfg, *saved_position(cfg.run_dir / "checkpoints"))
+    return cfg, place, open_data(cfg, *saved_position(cfg.run_dir / "checkpoints"), place.world_size)
 
 
 def saved_position(checkpoints: Path) -> tuple[dict[str, Any] | None, int]:

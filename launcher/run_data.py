@@ -11,9 +11,10 @@ from data.config import SkipConfig
 from data.corpus import Corpus, CorpusFolder
 from data.dataset import Dataset, open_valid, reading
 from data.errors import DataError
+from data.lanes import Stream
 from data.loader import Loader
 from data.store import is_url
-from data.stream import StreamLoader
+from data.stream import StreamLoader, check_lanes, fingerprint
 from data.tokenizer import Tokenizer, load_tokenizer
 from launcher.config import ConfigError, RunConfig
 from launcher.run_dir import Ledger
@@ -46,12 +47,19 @@ class RunData(ABC):
         """Metrics of what has been read after so many samples."""
 
 
-def open_data(cfg: RunConfig, cursor: dict[str, Any] | None, step: int) -> RunData:
+def open_data(cfg: RunConfig, cursor: dict[str, Any] | None, step: int, dp_size: int) -> RunData:
     """Open a run's data; cursor and step: of its newest checkpoint, None and 0 on a fresh run.
 
-    Raises DataError or ConfigError where they do not fit the config, the cursor or the length of the run.
+    Raises DataError or ConfigError where they do not fit the config, the ranks, the cursor or the length of the run.
     """
-    return PreparedData(cfg, cursor, step) if cfg.data.stream is None else StreamedData(cfg)
+    if cfg.data.stream is not None:
+        return StreamedData(cfg, cursor, dp_size)
+    if cursor is not None and "lanes" in cursor:
+        raise ConfigError(
+            f"{cfg.run_dir} read raw text before, and data.stream is not set now; set it as config.yaml there has it, or "
+            "use another run.name for a run on a prepared corpus"
+        )
+    return PreparedData(cfg, cursor, step)
 
 
 class PreparedData(RunData):
@@ -125,10 +133,14 @@ class PreparedData(RunData):
 class StreamedData(RunData):
     """Raw text, tokenized while it is read; held-out text is that of data.corpus where it is there."""
 
-    def __init__(self, cfg: RunConfig) -> None:
+    def __init__(self, cfg: RunConfig, cursor: dict[str, Any] | None, dp_size: int) -> None:
         assert cfg.data.stream is not None
+        check_lanes(cfg.data.stream, dp_size)
         self.tokenizer = load_tokenizer(cfg.data.stream.tokenizer)
         _check_vocabulary(cfg, self.tokenizer)
+        self.stream = Stream.open(cfg.data.stream)
+        if cursor is not None:
+            StreamLoader.check_cursor(cursor, fingerprint(self.stream, cfg.model.seq_len, cfg.data.seed))
         self.valid = {}
         if is_url(cfg.data.corpus) or Path(cfg.data.corpus).is_dir():
             theirs = CorpusFolder(cfg.data.corpus, reading(cfg.data, cfg.model.seq_len)).manifest.tokenizer.fingerprint
@@ -141,9 +153,8 @@ class StreamedData(RunData):
             self.valid, self._not_evaluated = open_valid(cfg.data, cfg.model.seq_len)
 
     def loader(self, cfg: RunConfig, mesh: Mesh, cursor: dict[str, Any] | None) -> StreamLoader:
-        assert cfg.data.stream is not None
         return StreamLoader(
-            cfg.data.stream,
+            self.stream,
             seq_len=cfg.model.seq_len,
             seed=cfg.data.seed,
             global_batch_size=cfg.global_batch_size,

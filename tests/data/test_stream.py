@@ -80,7 +80,7 @@ def config(pieces, paths, kind="jsonl", **more):
 
 def loader_of(cfg, G=12, B=1, rank=0, ranks=1, **more):
     return StreamLoader(
-        cfg,
+        Stream.open(cfg),
         **{"seq_len": T, "seed": 5} | more,
         global_batch_size=G,
         micro_batch_size=B,
@@ -467,8 +467,9 @@ def test_a_worker_s_error_reaches_the_step_and_close_leaves_no_process(pieces, g
 def test_workers_end_when_their_parent_is_killed(pieces, layouts):
     cfg = config(pieces, layouts["jsonl"], lanes=2, workers=1)
     code = (
-        "import sys; from data.stream import *\n"
-        f"loader = StreamLoader(StreamConfig.model_validate_json({cfg.model_dump_json()!r}), seq_len=16, seed=1,\n"
+        "import sys; from data.lanes import Stream; from data.stream import *\n"
+        f"stream = Stream.open(StreamConfig.model_validate_json({cfg.model_dump_json()!r}))\n"
+        "loader = StreamLoader(stream, seq_len=16, seed=1,\n"
         "    global_batch_size=2, micro_batch_size=1, dp_rank=0, dp_size=1)\n"
         "next(loader); print(loader._source._processes[0].pid, flush=True); sys.stdin.read()"
     )

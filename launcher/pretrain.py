@@ -107,6 +107,7 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag) -> int:
             if may_end and mesh.agree_max(int(loader.at_end())).result():
                 if saved_step != progress.step:
                     save(cfg, engine, loader, reads, progress, ledger, metrics)
+                    saved_step = progress.step
                 raise StreamEnd(end_of_stream(cfg, progress))
             batch = next(loader)
             clock.data_wait_s += time.perf_counter() - began

@@ -9,6 +9,7 @@ import pytest
 from data.dataset import Dataset
 from launcher import pretrain
 from launcher.config import load_config, to_yaml
+from parallel.checkpoint import committed_steps
 from runs import run, torchrun, write_recipe
 
 LANES = 4
@@ -107,6 +108,21 @@ def ended(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("ended")
     recipe = write_stream_recipe(folder, corpus, documents=4, epochs=1)
     return recipe, run(torchrun(1, "--config", recipe), folder / "log", code=1)
+
+
+def last_step(run_dir):
+    return committed_steps(run_dir / "checkpoints")[-1]
+
+
+def test_the_end_of_the_text_is_saved_and_named(ended):
+    recipe, text = ended
+    run_dir = recipe.parent / "runs/test"
+    step = last_step(run_dir)
+    assert step % 5, "between two checkpoints, or the end has nothing to save"
+    assert f"the text ends after data.stream.epochs=1 at step {step} of 24; that step is saved. Finish with" in text
+    failed = ledger(run_dir)[-1]
+    assert (failed["event"], failed["step"], failed["saved_step"]) == ("failed", step, step)
+    assert failed["error"].startswith("StreamEnd: the text ends after data.stream.epochs=1")
 
 
 @pytest.mark.usefixtures("at_the_door")

@@ -101,6 +101,10 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag) -> int:
     may_end = cfg.data.stream is not None and cfg.data.stream.epochs is not None
     clock, overall, stopped_by, saved_step, valid = Clock(), Clock(), 0, progress.step, {}
     try:
+        if progress.step >= cfg.train.steps:  # killed before it could tell its end, or told to end where it stands
+            shares = data.shares(loader.cursor()["samples"] - cfg.global_batch_size)
+            valid = evaluate(cfg, engine, data.valid, shares, metrics, progress.step)
+            write_samples(cfg, engine, data.tokenizer, metrics, progress.step)
         while progress.step < cfg.train.steps and not stopped_by:
             vote = mesh.agree_max(stop.signal_number)  # travels while the step computes
             began = time.perf_counter()
@@ -496,7 +500,7 @@ def main(argv: list[str]) -> int:
     try:
         cfg, place, data = check(args)
         steps = committed_steps(cfg.run_dir / "checkpoints")
-        if steps and steps[-1] >= cfg.train.steps:
+        if steps and steps[-1] >= cfg.train.steps and Ledger(cfg.run_dir).tells_finished(steps[-1]):
             if place.rank == 0:
                 print(f"{cfg.run_dir} is finished: {steps[-1]} of {cfg.train.steps} steps; nothing to do")
             return 0

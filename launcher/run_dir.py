@@ -133,6 +133,10 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
 
+    def tells_finished(self, step: int) -> bool:
+        """Whether the run was evaluated and ended at this step."""
+        return any(event["event"] == "finished" and event.get("step") == step for event in self.events())
+
     def events(self) -> list[dict[str, Any]]:
         """All whole lines that are events; one that a crash cut, or that something else wrote, is left out."""
         try:

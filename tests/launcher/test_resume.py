@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -90,6 +91,22 @@ def test_a_finished_run_goes_on_when_its_length_is_changed_on_purpose(corpus, tm
     assert sorted(losses(tmp_path / "runs/test")) == list(range(1, 9))
     text = run(torchrun(1, "--config", recipe, "train.steps=6"), tmp_path / "back", code=None)
     assert "train.steps: was 8, is 6" in text
+
+
+def test_a_run_killed_before_it_could_say_finished_says_so_at_the_next_start(undisturbed, corpus, tmp_path):
+    """Between its last checkpoint and the ledger's last line: evaluated again, no step trained again."""
+    run_dir = tmp_path / "runs/test"
+    shutil.copytree(undisturbed(1), run_dir)
+    ledger = run_dir / "ledger.jsonl"
+    *events, told = ledger.read_text().splitlines()
+    ledger.write_text("".join(f"{event}\n" for event in events))
+    recipe = write_recipe(tmp_path, corpus)
+    run(torchrun(2, "--config", recipe), tmp_path / "log")
+    *_, started, finished = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert (started["event"], started["step"]) == ("start", 24)
+    assert finished == {**json.loads(told), "time": finished["time"]}
+    assert losses(run_dir) == losses(undisturbed(1))
+    assert "is finished: 24 of 24 steps; nothing to do" in run(torchrun(2, "--config", recipe), tmp_path / "again")
 
 
 def test_every_number_that_is_promised_is_written(undisturbed):

@@ -21,6 +21,7 @@ def test_rubbish_in_the_ledger_is_left_out(tmp_path, rubbish):
         file.write(rubbish + "\n")
     ledger.add("finished", step=3)
     assert [event["event"] for event in ledger.events()] == ["start", "finished"]
+    assert [ledger.tells_finished(step) for step in (0, 3, 4)] == [False, True, False]
 
 
 @pytest.mark.parametrize("rubbish", RUBBISH)

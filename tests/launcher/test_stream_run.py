@@ -1,6 +1,7 @@
 """Runs that read raw text (data.stream) through the launcher: refused at the door, ended, killed and resumed."""
 
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ from data.dataset import Dataset
 from launcher import pretrain
 from launcher.config import load_config, to_yaml
 from parallel.checkpoint import committed_steps
-from runs import run, torchrun, write_recipe
+from runs import losses, metrics, run, torchrun, write_recipe
 
 LANES = 4
 
@@ -123,6 +124,23 @@ def test_the_end_of_the_text_is_saved_and_named(ended):
     failed = ledger(run_dir)[-1]
     assert (failed["event"], failed["step"], failed["saved_step"]) == ("failed", step, step)
     assert failed["error"].startswith("StreamEnd: the text ends after data.stream.epochs=1")
+
+
+def test_the_end_of_the_text_can_be_made_the_end_of_the_run(ended, tmp_path):
+    """As the message says: no step is trained, the held-out loss is taken and the ledger says finished, once."""
+    recipe, _ = ended
+    run_dir = tmp_path / "runs/test"
+    shutil.copytree(recipe.parent / "runs/test", run_dir)
+    before, step = losses(run_dir), last_step(run_dir)
+    command = torchrun(1, "--config", recipe, f"run.folder={tmp_path / 'runs'}", f"train.steps={step}")
+    run([*command, "--allow-change", "train.steps"], tmp_path / "log")
+    finished = ledger(run_dir)[-1]
+    assert (finished["event"], finished["step"], finished["tokens"]) == ("finished", step, step * 8 * 32)
+    assert finished["loss/valid"] == [line["loss/valid"] for line in metrics(run_dir) if "loss/valid" in line][-1]
+    assert losses(run_dir) == before
+    size = len(ledger(run_dir))
+    assert f"is finished: {step} of {step} steps; nothing to do" in run(command, tmp_path / "again")
+    assert len(ledger(run_dir)) == size
 
 
 @pytest.mark.usefixtures("at_the_door")

@@ -249,8 +249,8 @@ def to_yaml(cfg: RunConfig) -> str:
 
 # What a resumed run may be given anew: where it runs and what it writes, not what it computes.
 _MAY_CHANGE = ("parallel.", "checkpoint.", "log.", "eval.", "train.micro_batch_size", "train.max_skipped_in_a_row",
-               "run.folder", "run.name", "data.workers", "data.corpus", "data.cache.", "data.on_bad", "data.max_bad",
-               "data.max_document_bytes", "data.shard_bytes", "data.valid_fraction")  # fmt: skip
+               "run.folder", "run.name", "data.workers", "data.stream.workers", "data.corpus", "data.cache.", "data.on_bad",
+               "data.max_bad", "data.max_document_bytes", "data.shard_bytes", "data.valid_fraction")  # fmt: skip
 
 
 def unknown_keys(cfg: RunConfig, keys: list[str]) -> list[str]:

@@ -181,6 +181,12 @@ def test_a_resumed_run_may_change_where_it_runs_and_not_what_it_computes(recipe)
 
     free = ["parallel.zero_stage=3", "train.micro_batch_size=4", "log.every=1", "checkpoint.every=7", "eval.windows=3"]
     assert changed(*free) == []
+    stream = "data.stream={dataset: json, data_files: [a], tokenizer: t}"
+    one, other = (
+        load_config(recipe, [stream, *changes]).model_dump(mode="json")
+        for changes in ([], ["data.stream.workers=3", "data.stream.lanes=4"])
+    )
+    assert contradictions(one, other, []) == ["data.stream.lanes: was 8, is 4"]
     assert changed("optim.lr=1.0") == ["optim.lr: was 0.0003, is 1.0"]
     assert changed("optim.lr=1.0", "model.d_ff=96") == ["model.d_ff: was 64, is 96", "optim.lr: was 0.0003, is 1.0"]
     assert changed("optim.lr=1.0", allowed=["optim.lr"]) == []

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Generator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import NamedTuple, cast
@@ -26,6 +26,8 @@ from data.lanes import Lane, LaneState, Stream, StreamConfig, StreamEnd, StreamE
 from data.tokenizer import load_tokenizer
 
 _ENTRY = "import sys; sys.path[:] = {path!r}; from data.lane_workers import serve; serve({fd})"
+# They reach every process of the terminal or the job step, and the parent decides. So a worker is born with them blocked:
+# what it did about them itself would come a second of imports too late.
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -117,7 +119,7 @@ class Crew:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        with theirs:  # closed here, so that the end of the process is the end of the pipe
+        with theirs, _blocked(_STOP_SIGNALS):  # closed here, so that the end of the process is the end of the pipe
             entry = _ENTRY.format(path=sys.path, fd=theirs.fileno())
             self._pipes.append(Connection(ours.detach()))
             self._processes.append(subprocess.Popen([sys.executable, "-c", entry], pass_fds=[theirs.fileno()]))
@@ -147,10 +149,18 @@ class Crew:
         )
 
 
+@contextmanager
+def _blocked(numbers: Iterable[int]) -> Iterator[None]:
+    """Signals kept back from this thread meanwhile, and for good from a process that it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def serve(fd: int) -> None:
     """A worker's life: one job, and its parts until the pipe closes."""
-    for number in _STOP_SIGNALS:  # they reach every process of the terminal or the job step; the parent decides
-        signal.signal(number, signal.SIG_IGN)
     pipe = Connection(fd)
     try:
         job: Job = pipe.recv()

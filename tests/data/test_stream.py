@@ -409,11 +409,11 @@ def test_workers_give_the_same_windows_and_a_killed_one_is_named(pieces, layouts
     cfg = config(pieces, layouts["parquet"], "parquet", lanes=4, shuffle_buffer=4)
     expected, _ = run(cfg, 6, G=8)
     with loader_of(cfg.model_copy(update={"workers": 2}), G=8, B=2) as loader:
-        batches = [next(loader) for _ in range(3)]
-        workers = pids(loader)
-        for number in (signal.SIGTERM, signal.SIGINT):  # what reaches a whole job step does not end them
-            os.kill(workers[0], number)
-        batches += [next(loader) for _ in range(3)]
+        batches, workers = [], pids(loader)
+        for _ in range(2):  # as they start, and at work
+            for number in (signal.SIGTERM, signal.SIGINT):  # what reaches a whole job step does not end them
+                os.kill(workers[0], number)
+            batches += [next(loader) for _ in range(3)]
         cursor = loader.cursor()
         time.sleep(0.3)  # a signal that ended it would have by now
         assert not gone(workers[0])

@@ -1,17 +1,36 @@
 """Runs that read raw text (data.stream) through the launcher: refused at the door, ended, killed and resumed."""
 
 import json
+import os
 import shutil
+import signal
+import time
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data.dataset import Dataset
-from launcher import pretrain
+from data.lanes import Stream
+from data.stream import StreamLoader
+from launcher import audit, generate, pretrain
 from launcher.config import load_config, to_yaml
-from parallel.checkpoint import committed_steps
-from runs import losses, metrics, run, torchrun, write_recipe
+from launcher.read_log import read_records
+from parallel.checkpoint import committed_steps, read_manifest
+from runs import (
+    PRETRAIN,
+    SCRIPTS,
+    kill,
+    losses,
+    metrics,
+    rank_pids,
+    run,
+    start,
+    torchrun,
+    wait_for_step,
+    write_recipe,
+)
 
 LANES = 4
 
@@ -36,14 +55,14 @@ def write_texts(folder, corpus, kind, documents):
     for number in range(LANES):
         rows = [{"text": next(pieces), "n": n} for n in range(documents + number)]
         if kind == "parquet":
-            pq.write_table(pa.Table.from_pylist(rows), folder / f"{number}.parquet")
+            pq.write_table(pa.Table.from_pylist(rows), folder / f"{number}.parquet", row_group_size=5)
         else:
             (folder / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(folder / f"*.{kind}")
 
 
 def write_stream_recipe(folder, corpus, kind="jsonl", documents=12, **more):
-    """The recipe of runs.py on raw text: one rank and no workers unless told otherwise."""
+    """The recipe of runs.py on raw text, without workers unless told otherwise."""
     path = write_recipe(folder, corpus)
     files = write_texts(folder / "texts", corpus, kind, documents)
     dataset = {"jsonl": "json"}.get(kind, kind)
@@ -168,3 +187,159 @@ def test_a_run_on_a_prepared_corpus_does_not_go_on_with_a_stream(capsys, corpus,
     cursor = Dataset.open(cfg.data, cfg.model.seq_len).cursor(8)
     monkeypatch.setattr(pretrain, "saved_cursor", lambda _: cursor)
     assert "the data cursor is not one of a stream" in refused(capsys, recipe)
+
+
+# -- killed, stopped and resumed ----------------------------------------------------------------------------------------
+
+
+def pids_of_workers(recipe):
+    """Process ids of the workers of all ranks of a job."""
+    ranks, found = rank_pids(recipe), []
+    for entry in Path("/proc").iterdir():
+        try:
+            is_worker = entry.name.isdigit() and b"data.lane_workers" in (entry / "cmdline").read_bytes()
+            if is_worker and int((entry / "stat").read_text().rpartition(")")[2].split()[1]) in ranks:
+                found.append(int(entry.name))
+        except OSError:  # it has ended
+            continue
+    return sorted(found)
+
+
+def wait_for_workers(recipe, n, process, seconds=100):
+    """Their process ids, as soon as all are there."""
+    end = time.monotonic() + seconds
+    while len(found := pids_of_workers(recipe)) < n:
+        assert process.poll() is None, f"the run ended with {process.returncode} before it had {n} workers"
+        assert time.monotonic() < end, f"{len(found)} of {n} workers in {seconds} s"
+        time.sleep(0.02)
+    return found
+
+
+def wait_until_gone(pids, seconds=20):
+    end = time.monotonic() + seconds
+    while left := [pid for pid in pids if _lives(pid)]:
+        assert time.monotonic() < end, f"processes {left} are still there after {seconds} s"
+        time.sleep(0.05)
+
+
+def _lives(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+STREAM = {"kind": "parquet", "workers": 1, "shuffle_buffer": 4}
+LONG = "train.steps=100000"  # a worker is some 50 of these small steps ahead: what becomes of it shows only then
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_on_other_ranks_and_workers_equals_never_stopped(corpus, tmp_path):
+    """Two ranks with a worker each, with two, then one rank with three: the same samples, tokens and losses."""
+    recipe = write_stream_recipe(tmp_path, corpus, **STREAM)
+    straight, run_dir = tmp_path / "runs/straight", tmp_path / "runs/test"
+    command = ("--config", recipe, "model.dropout=0.0")  # its masks depend on the number of ranks
+    run(torchrun(2, *command, "run.name=straight"), tmp_path / "straight.log")
+    for workers, step in ((1, 7), (2, 12)):
+        process = start(torchrun(2, *command, f"data.stream.workers={workers}"), tmp_path / "log")
+        theirs = wait_for_workers(recipe, 2 * workers, process)
+        wait_for_step(run_dir, step, process)
+        kill(recipe, process)
+        wait_until_gone(theirs)
+    run(torchrun(1, *command, "data.stream.workers=3"), tmp_path / "log")
+    starts = [event for event in ledger(run_dir) if event["event"] == "start"]
+    assert [event["world_size"] for event in starts] == [2, 2, 1]
+    last = starts[-1]["step"]
+    assert last >= 10
+
+    one, other = losses(straight), losses(run_dir)
+    assert one.keys() == other.keys() == set(range(1, 25))
+    assert [one[step] for step in range(1, last + 1)] == [other[step] for step in range(1, last + 1)]
+    assert max(abs(one[step] - other[step]) for step in one) < 1e-4  # one rank adds up in another order
+    held_out = [
+        [line["loss/valid"] for line in metrics(folder) if "loss/valid" in line] for folder in (straight, run_dir)
+    ]
+    assert len(held_out[0]) == 2
+    assert held_out[0] == pytest.approx(held_out[1], abs=1e-4)  # for the same reason
+
+    for number in (1, 2):
+        for rank in range(2):
+            read = read_records(run_dir, number, rank)
+            assert read.tolist() == read_records(straight, 1, rank)[read["step"][0] - 1 :][: len(read)].tolist()
+    assert read_records(run_dir, 3, 0).tolist() == read_by_one_rank(recipe)[last:]
+    whole = [read_manifest(folder / "checkpoints/step-00000024").cursor for folder in (straight, run_dir)]
+    assert whole[0] == whole[1]
+
+
+def read_by_one_rank(recipe):
+    """The records of the 24 steps of a run on one rank, without a run."""
+    cfg = load_config(str(recipe), [])
+    with StreamLoader(
+        Stream.open(cfg.data.stream.model_copy(update={"workers": 0})),
+        seq_len=cfg.model.seq_len,
+        seed=cfg.data.seed,
+        global_batch_size=cfg.global_batch_size,
+        micro_batch_size=cfg.train.micro_batch_size,
+        dp_rank=0,
+        dp_size=1,
+    ) as loader:
+        return [(step, *batch.span, batch.digest) for step, batch in zip(range(1, 25), loader, strict=False)]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_and_the_next_start_goes_on(corpus, tmp_path):
+    """And that one is stopped by a signal to one rank: neither leaves a process behind."""
+    recipe = write_stream_recipe(tmp_path, corpus, **STREAM)
+    command = torchrun(2, "--config", recipe, LONG)
+    run_dir = tmp_path / "runs/test"
+    process = start(command, tmp_path / "log")
+    workers = wait_for_workers(recipe, 2, process)
+    wait_for_step(run_dir, 7, process)
+    os.kill(workers[0], signal.SIGKILL)
+    process.wait(100)
+    text = (tmp_path / "log").read_text()
+    assert process.returncode == 1, text[-3000:]
+    assert "a worker process of data.stream (of 1, number 0) was killed by SIGKILL in the middle of its work; " in text
+    wait_until_gone(workers)
+    failed = ledger(run_dir)[-1]
+    assert failed["event"] == "failed"
+
+    process = start(command, tmp_path / "log")
+    workers = wait_for_workers(recipe, 2, process)
+    wait_for_step(run_dir, failed["step"] + 2, process)
+    os.kill(rank_pids(recipe)[1], signal.SIGUSR1)
+    process.wait(100)
+    *events, saved, stopped = ledger(run_dir)
+    assert [event["step"] for event in events if event["event"] == "start"] == [0, failed["saved_step"]]
+    assert (stopped["event"], stopped["step"]) == ("stopped", saved["step"])
+    assert sorted(losses(run_dir)) == list(range(1, stopped["step"] + 1))
+    wait_until_gone(workers)
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_workers_too_and_the_run_saves_and_stops(corpus, tmp_path):
+    """As they start. A terminal sends it to all processes of the job; without a launcher the exit code is the run's."""
+    recipe = write_stream_recipe(tmp_path, corpus, **STREAM)
+    run_dir = tmp_path / "runs/test"
+    command = [str(SCRIPTS / "python"), PRETRAIN, "--config", str(recipe), "data.stream.workers=2", LONG]
+    process = start(command, tmp_path / "log")
+    workers = wait_for_workers(recipe, 2, process)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(60)
+    text = (tmp_path / "log").read_text()
+    assert process.returncode == 75, text[-3000:]
+    stopped = ledger(run_dir)[-1]
+    assert (stopped["event"], stopped["signal"]) == ("stopped", "SIGINT")
+    assert last_step(run_dir) == stopped["step"]
+    wait_until_gone(workers)
+
+
+# -- what is made of it -------------------------------------------------------------------------------------------------
+
+
+def test_text_can_be_sampled_and_an_audit_is_refused(ended, capsys):
+    run_dir = ended[0].parent / "runs/test"
+    assert generate.main([str(run_dir), "--prompt", "class ", "--tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("class ")
+    assert audit.main([str(run_dir), "--verify"]) == 2
+    assert "reads raw text (data.stream), which cannot be read again at any place" in capsys.readouterr().err

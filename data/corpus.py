@@ -70,10 +70,12 @@ class CorpusFolder:
         try:
             payload = self._store(self.location).read(MANIFEST)
         except MissingError:
-            raise CorpusError(
-                f"{location} has no {MANIFEST}, so it is not a finished corpus; finish it with: "
-                "python launcher/prepare.py --config RECIPE"
-            ) from None
+            todo = (
+                "copy one there from the folder that launcher/prepare.py wrote it to, the manifest last"
+                if is_url(location)
+                else "finish it with: python launcher/prepare.py --config RECIPE"
+            )
+            raise CorpusError(f"{location} has no {MANIFEST}, so it is not a finished corpus; {todo}") from None
         self.manifest = parse_manifest(payload, f"{location}/{MANIFEST}")
 
     def split(self, source: str | None, split: Split) -> "Corpus":
@@ -154,9 +156,10 @@ class CorpusFolder:
         try:
             payload = self._store(self.location).read(file)
         except MissingError:
+            copy = ", and copy the file to the URL" if is_url(self.location) else ""
             raise CorpusError(
                 f"{self.location} has no {file}: data.packing=best_fit at this model.seq_len has not been counted yet; run "
-                "launcher/prepare.py with this recipe, which does it in passing"
+                f"launcher/prepare.py with this recipe on the corpus's folder, which does it in passing{copy}"
             ) from None
         counts = read_counts(payload, f"{self.location}/{file}", manifest, name, split)
         return BestFit(counts, reading.seq_len, manifest.tokenizer.eos_id, reading.document_mask)

@@ -116,6 +116,12 @@ def prepare_part(cfg: DataConfig, part: Part, seq_len: int | None = None) -> Man
     Every part must be started with the same cfg. The corpus is that of one process to the last byte, and its manifest is
     written by whichever part finds all units done.
     """
+    if is_url(cfg.corpus):
+        raise PrepareError(
+            f"data.corpus={cfg.corpus} is a URL, and prepare writes to a folder; prepare with data.corpus=FOLDER, copy it "
+            f"there (aws s3 sync FOLDER {cfg.corpus}, gsutil rsync -r, or whatever the store has), and start runs with "
+            f"data.corpus={cfg.corpus}"
+        )
     folder = Path(cfg.corpus)
     cfg.clean.check_installed()
     with ExitStack() as stack:

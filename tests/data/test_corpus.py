@@ -10,6 +10,7 @@ import pytest
 
 from data import corpus as module
 from data import shards
+from data.cache import CacheConfig
 from data.corpus import Corpus, Piece, Reading, read_manifest
 from data.manifest import MANIFEST, CorpusError
 from data.shards import ShardError
@@ -165,7 +166,17 @@ def test_missing_folder_manifest_and_split(make_corpus, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CorpusError, match=r"has no manifest.json, so it is not a finished corpus"):
         Corpus.open(tmp_path / "empty", "train", 4)
+    cache = CacheConfig(folder=str(tmp_path / "cache"), retries=0, prefetch=0)
+    with pytest.raises(
+        CorpusError, match=r"file://.*empty has no manifest.json, .*; copy one there from the folder that"
+    ):
+        Corpus.open(f"file://{tmp_path}/empty", "train", Reading(4, cache=cache))
     folder = make_corpus([[9]])
+    far = Reading(4, packing="best_fit", shuffle_shards=1, cache=cache)
+    with pytest.raises(
+        CorpusError, match=r"file://.*has no packing/best_fit-4.json: .*folder, .*, and copy the file to"
+    ):
+        Corpus.open(f"file://{folder}", "train", far)
     with pytest.raises(CorpusError, match=r"has no split 'valid' of only, only \['train'\]"):
         Corpus.open(folder, "valid", 4)
     with pytest.raises(CorpusError, match="seq_len=0; expected at least 1"):

@@ -688,6 +688,17 @@ def test_changed_text_under_an_unfinished_corpus_is_refused(tmp_path, chosen):
         prepare(cfg)
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/corpus", "file:///tmp/corpus"])
+def test_a_url_is_refused_before_anything_is_read(tmp_path, monkeypatch, url):
+    monkeypatch.chdir(tmp_path)
+    cfg = config(url, sources=[{"kind": "text", "paths": ["/nowhere/*.txt"]}])
+    with pytest.raises(
+        PrepareError, match=rf"data.corpus={url} is a URL, and prepare writes to a folder; .*sync FOLDER"
+    ):
+        prepare(cfg)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(PrepareError, match=r"holds other things \(thesis.tex\) and no plan.json; set data.corpus"):

@@ -72,6 +72,11 @@ def test_prepares_says_what_it_wrote_and_what_comes_next(recipe, tmp_path):
     ("override", "code", "message"),
     [
         ("data.seedd=1", 2, "seedd"),
+        (
+            "data.corpus=s3://bucket/corpus",
+            2,
+            "data.corpus=s3://bucket/corpus is a URL, and prepare writes to a folder",
+        ),
         ("data.corpus={folder}", 2, "holds other things (recipe.yaml) and no plan.json"),
         ("data.sources=[{{kind: text, paths: [/nowhere/*.txt]}}]", 2, "'/nowhere/*.txt' matches no file"),
         ("--part=2/2", 2, "part 2/2 does not exist; parts are numbered 0/2 to 1/2"),

@@ -36,13 +36,13 @@ import xxhash
 from pydantic import BaseModel, Field, field_validator
 
 from data.errors import DataError
+from data.urls import ENVIRONMENT, secret_options
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".bin", ".idx")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 KEY = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
-SECRET = re.compile(r"secret|token|password|credential|^key$|access_key|account_key|sas", re.IGNORECASE)
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -70,19 +70,11 @@ class CacheConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     @field_validator("options")
     @classmethod
     def _no_secrets(cls, options: dict[str, Any]) -> dict[str, Any]:
-        if found := sorted(name for name in _names(options) if SECRET.search(name)):
+        if found := secret_options(options):
             raise ValueError(
-                f"data.cache.options has {', '.join(found)}, which would be saved with the run; give credentials "
-                "through the environment (for S3: AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+                f"data.cache.options has {', '.join(found)}, which would be saved with the run; {ENVIRONMENT}"
             )
         return options
-
-
-def _names(options: dict[str, Any]) -> Iterator[str]:
-    for name, value in options.items():
-        yield name
-        if isinstance(value, dict):
-            yield from _names(value)
 
 
 class Files(NamedTuple):

@@ -9,6 +9,7 @@ from data.clean import CleanConfig
 from data.lanes import StreamConfig
 from data.sources import CorpusConfig, EmbeddedConfig, MegatronConfig, SourceConfig
 from data.tokenizer import TokenizerConfig
+from data.urls import ENVIRONMENT, leaves, secret_in
 
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -82,6 +83,19 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     max_bad: Annotated[int, Field(ge=0)] = 1000  # with skip: more malformed documents than this, in all, stop it
     max_document_bytes: Annotated[int, Field(ge=2**10)] = 2**28  # UTF-8 bytes; a longer document is malformed
     clean: CleanConfig = CleanConfig()  # duplicates and documents of low quality that prepare leaves out
+
+    @model_validator(mode="before")  # so that no other message shows what it must not
+    @classmethod
+    def _no_secrets(cls, raw: Any) -> Any:
+        wrong = [
+            f"data.{key} is a URL with {secret}, which would be saved with the run; {ENVIRONMENT}, or fetch what it leads to"
+            " and name the local copy"
+            for key, value in leaves(raw)
+            if isinstance(value, str) and (secret := secret_in(value))
+        ]
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return raw
 
     @model_validator(mode="after")
     def _sources_agree(self) -> Self:

@@ -16,6 +16,7 @@ import fsspec
 import zstandard
 
 from data.errors import DataError
+from data.urls import redact
 
 Options = dict[str, str | int | bool]  # of a remote file system, as fsspec passes them on
 
@@ -221,7 +222,7 @@ def refusing(path: str, verb: str) -> Iterator[None]:
     except Exception as error:
         if not is_remote(path) and not isinstance(error, OSError):
             raise
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        reason = redact(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}")  # or where it led to
         todo = (
             "check the address, the network and the credentials in the environment" if is_remote(path) else "repair it"
         )

@@ -8,20 +8,20 @@ Messages and log lines name the URL without user, password and query, in which s
 import logging
 import os
 import random
-import re
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from typing import IO, Any, NoReturn, TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote
 
 import fsspec
 import fsspec.asyn
 import xxhash
 
 from data.cache import CacheConfig, StoreError
+from data.urls import redact, secrets_of
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Remote:
 
     def __init__(self, location: str, cfg: CacheConfig) -> None:
         self._cfg = cfg
-        self._secrets = _secrets(location)
+        self._secrets = secrets_of(location)
         self._web = location.startswith(("http://", "https://"))
         base, _, query = location.partition("?") if self._web else (location, "", "")
         self._base, self._query = base.rstrip("/"), f"?{query}" if query else ""
@@ -150,10 +150,7 @@ class Remote:
 
     def redact(self, text: str) -> str:
         """The text without what lets its reader into the store."""
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        text = re.sub(r"(?<=://)[^/\s'\"]+@", "***@", text)
-        return re.sub(r"\?[\w%.~-]+=[^\s'\")>]*", "?***", text)
+        return redact(text, self._secrets)
 
     def read(self, name: str, tries: Tries) -> bytes:
         """A whole file. Raises StoreError."""
@@ -255,16 +252,6 @@ class Remote:
         if protocol in ("s3", "s3a"):
             fs.retries = 1
         return fs
-
-
-def _secrets(location: str) -> list[str]:
-    """What must not be shown of a URL, as written and decoded; the longest first, as one may contain another."""
-    parts = urlsplit(location)
-    found = {parts.username, parts.password, *(pair.partition("=")[2] for pair in parts.query.split("&"))}
-    written = [text for text in found if text]
-    return sorted(
-        {form for text in written for form in (text, unquote(text)) if len(form) > 3}, key=lambda t: (-len(t), t)
-    )
 
 
 def _refuses(error: BaseException) -> bool:

@@ -33,13 +33,12 @@ from data.files import (
     unpacked_size,
 )
 from data.formats import Bad, Document, Found, Piece, Reader, Skipped, json_lines, parts_of_template, text_file
+from data.urls import ENVIRONMENT, secret_options
 
 __all__ = ["Bad", "Document", "Limits", "Skipped", "Source", "SourceConfig", "SourceError", "Unit"]
 __all__ += ["documents", "open_source"]
 
 STRIPES = 8  # parts of one packed file that can be worked on at once; each unpacks it all, so more would cost more
-SECRETS = ("key", "secret", "token", "password", "credential", "connection_string")
-NO_SECRETS = ("anon", "google_default", "cloud", "browser", "cache")  # what gcsfs takes as token
 
 Fraction = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -64,12 +63,10 @@ class _Files(_Named, frozen=True, extra="forbid", strict=True):
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
-        for name, value in self.storage_options.items():
-            if any(word in name.lower() for word in SECRETS) and value not in NO_SECRETS:
-                raise ValueError(
-                    f"storage_options.{name} would be kept with every run; put secrets in the environment (for S3 "
-                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for Hugging Face HF_TOKEN)"
-                )
+        if found := secret_options(self.storage_options):
+            raise ValueError(
+                f"storage_options has {', '.join(found)}, which would be saved with the run; {ENVIRONMENT}"
+            )
         protocols = sorted({path.partition("://")[0] for path in self.paths if is_remote(path)})
         if self.storage_options and len(protocols) != 1:
             names = " and ".join(protocols) or "local files alone"

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from data.config import DataConfig
+from data.urls import SECRET, redact
 from model.config import ModelConfig
 from parallel.config import CheckpointConfig, OptimConfig, ParallelConfig
 
@@ -151,7 +152,7 @@ def validate(raw: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        lines = [line for item in error.errors() for line in _explain(item, raw)]
+        lines = [redact(line) for item in error.errors() for line in _explain(item, raw)]
         raise ConfigError(f"{where}: {len(lines)} wrong\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
@@ -166,7 +167,14 @@ def _explain(item: Any, raw: dict[str, Any]) -> list[str]:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":  # our own, written with their values
         return [f"{key}: {line}" if key else line for line in message.split("\n")]
-    return [f"{key}: got {item['input']!r}; {message[0].lower()}{message[1:]}"]
+    return [f"{key}: got {_shown(loc, item['input'])}; {message[0].lower()}{message[1:]}"]
+
+
+def _shown(loc: list[str], value: Any) -> str:
+    """The value at loc for a message: no whole section, which may hold what must not be shown, nor a driver's option."""
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return "***" if any(part.endswith("options") for part in loc) else redact(repr(value))
 
 
 def _suggest(loc: list[str]) -> str:
@@ -223,23 +231,28 @@ _Loader.add_implicit_resolver(
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader: no tag can make an object
+    except yaml.MarkedYAMLError as error:  # without the lines that it would quote, which may hold a secret
+        mark = error.problem_mark
+        at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{where}: not YAML: {error.problem}{at}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not YAML: {error}") from None
 
 
 def _set(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
+    shown = redact(f"{path}=***" if SECRET.search(text) else override)
     keys = path.split(".")
     if not equals or len(keys) < 2 or not all(keys):
-        raise ConfigError(f"{override!r}: expected section.key=value, for example train.steps=100")
+        raise ConfigError(f"{shown!r}: expected section.key=value, for example train.steps=100")
     section = raw
     for key in keys[:-1]:
         if section.get(key) is None:
             section[key] = {}
         section = section[key]
         if not isinstance(section, dict):
-            raise ConfigError(f"{override!r}: {key} is {section!r}, not a section")
-    section[keys[-1]] = _parse(text, override)
+            raise ConfigError(f"{shown!r}: {key} is {_shown(keys, section)}, not a section")
+    section[keys[-1]] = _parse(text, shown)
 
 
 def to_yaml(cfg: RunConfig) -> str:

@@ -27,6 +27,9 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
+from typing import NoReturn
+
+from data.urls import redact
 
 # the rest is imported in main: worker processes import this file again, and the whole config brings in the model and torch
 
@@ -100,8 +103,13 @@ def part_of(asked: str | None, environment: Mapping[str, str]) -> tuple[int, int
     return number, of
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python launcher/prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="recipe, a YAML file")

@@ -76,6 +76,53 @@ def test_what_does_not_fit_together_is_explained(values, match):
         DataConfig.model_validate(values)
 
 
+SECRETS = [
+    {"corpus": "https://me:hunter2@host/corpus"},
+    {"corpus": "https://host/corpus?X-Amz-Signature=hunter2"},
+    {"sources": [{"kind": "text", "paths": ["a.txt", "s3://AKIA:hunter2@bucket/*"]}]},
+    {"sources": [{"kind": "text", "paths": "s3://AKIA:hunter2@bucket/*"}]},  # no list
+    {"sources": [{"kind": "texts", "paths": ["s3://AKIA:hunter2@bucket/*"]}]},  # no such kind
+    {
+        "sources": [
+            {"kind": "text", "paths": ["s3://b/a"], "storage_options": {"endpoint_url": "http://me:hunter2@host"}}
+        ]
+    },
+    {"sources": [{"kind": "dataset", "path": "https://hunter2@host/x", "field": "text"}]},
+    {"sources": [{"kind": "corpus", "path": "https://host/corpus?sig=hunter2"}]},
+    {"sources": [{"kind": "megatron", "prefix": ["https://host/a.bin?token=hunter2"]}]},
+    {"tokenizer": {"path": "https://me:hunter2@host/tokenizer"}},
+    {"cache": {"folder": "ftp://me:hunter2@host/cache"}},
+    {"cache": {"options": {"endpoint_url": "https://me:hunter2@host"}}},
+    {"stream": {"dataset": "json", "data_files": ["https://host/a?key=hunter2"], "tokenizer": "t"}},
+    {"stream": {"dataset": "https://me:hunter2@host/x", "tokenizer": "t"}},
+    {"stream": {"dataset": "json", "data_files": ["a"], "tokenizer": "https://host/t?password=hunter2"}},
+]
+
+
+@pytest.mark.parametrize("values", SECRETS)
+def test_urls_with_credentials_are_refused_by_name_alone(values):
+    with pytest.raises(
+        ValidationError, match=r"data\.[a-z_.0-9]+ is a URL with .*would be saved with the run; give"
+    ) as caught:
+        DataConfig.model_validate(values)
+    assert [error["type"] for error in caught.value.errors()] == ["value_error"]
+    assert "hunter2" not in caught.value.errors()[0]["msg"]
+    name = caught.value.errors()[0]["msg"].split()[2].removeprefix("data.").split(".")
+    for step in name:
+        values = values[int(step) if step.isdigit() else step]
+    assert "hunter2" in values
+
+
+def test_a_source_that_is_made_already_is_looked_at_too():
+    with pytest.raises(ValidationError, match=r"data\.sources\.0\.paths\.0 is a URL with key in its query"):
+        DataConfig(sources=[TextConfig(paths=["https://host/a?key=hunter2"])])
+
+
+def test_other_urls_are_taken():
+    paths = ["https://host/a.txt?download=true", "hf://datasets/me/poems@main/a.txt", "/data/me:you@there/a?key=b"]
+    assert DataConfig(corpus="s3://bucket/c", sources=[{"kind": "text", "paths": paths}]).sources[0].paths == paths
+
+
 def test_sections_do_not_change():
     with pytest.raises(ValidationError, match="frozen"):
         DataConfig().seed = 3

@@ -219,6 +219,20 @@ def test_refusals_of_urls(memory, monkeypatch):
         text_source(f"{url}/none.txt")
 
 
+def test_what_a_driver_says_of_another_address_is_not_shown_whole(memory, monkeypatch):
+    """Such as where a web server led it to."""
+    system, url = memory
+
+    def info(self, path):
+        raise ConnectionError("403 of https://store/a?X-Amz-Signature=hunter2 for https://me:hunter2@store")
+
+    monkeypatch.setattr(type(system), "info", info)
+    with pytest.raises(
+        SourceError, match=r"403 of https://store/a\?\*\*\* for https://\*\*\*@store; check the address"
+    ):
+        text_source(f"{url}/a.txt")
+
+
 def test_a_remote_file_that_changes(memory):
     system, url = memory
     system.pipe(f"{url}/a.txt", b"one")
@@ -412,9 +426,9 @@ RECORDS = {"kind": "jsonl", "paths": ["a"]}
         ({"kind": "dataset", "path": "x"}, "exactly one of field"),
         (
             {"kind": "text", "paths": ["s3://b/a"], "storage_options": {"secret": "x"}},
-            r"storage_options.secret would be kept with every run; put secrets in the environment",
+            r"storage_options has secret, which would be saved with the run; give credentials through the environment",
         ),
-        ({"kind": "text", "paths": ["gs://b/a"], "storage_options": {"token": "x"}}, "put secrets in the environment"),
+        ({"kind": "text", "paths": ["gs://b/a"], "storage_options": {"token": "x"}}, "has token, which would"),
         (
             {"kind": "text", "paths": ["a"], "storage_options": {"anon": True}},
             "storage_options are for one remote file system, paths name local files alone",

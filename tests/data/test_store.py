@@ -253,11 +253,14 @@ def run_script(script, **options):
                           stdout=subprocess.PIPE, timeout=LONG_S, **options)  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{"secret": "x"}, {"key": "x"}, {"client_kwargs": {"aws_secret_access_key": "x"}}])
+@pytest.mark.parametrize(
+    "options",
+    [{"secret": "x"}, {"key": "x"}, {"client_kwargs": {"aws_secret_access_key": "x"}}, {"token": 7}, {"sas": "x"}],
+)
 def test_credentials_do_not_belong_in_the_config(options):
     with pytest.raises(ValidationError, match=r"data\.cache\.options has .*would be saved with the run"):
         CacheConfig(options=options)
-    CacheConfig(options={"endpoint_url": "http://127.0.0.1:1", "anon": True})
+    CacheConfig(options={"endpoint_url": "http://127.0.0.1:1", "anon": True, "token": "anon"})
 
 
 def test_a_cache_folder_that_cannot_be_used(tmp_path):

@@ -94,6 +94,39 @@ def test_what_is_wrong_is_said(recipe, overrides, message):
         load_config(recipe, overrides)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.corpus=[https://me:hunter2@host", r"data.corpus=\[https://\*\*\*@host: not YAML: .* at line 1, column"),
+        ("data.cache.options={secret: hunter2", r"data.cache.options=\*\*\*: not YAML: expected ',' or '}', but got"),
+        ("data.sources=[{kind: texts, storage_options: {secret: hunter2}}]", "data.sources.0: got a mapping; input tag 'te"),
+        ("data.sources={corpus: hunter2}", "data.sources: got a mapping; input should be a valid list"),
+        ("data.sources=[{kind: text, paths: [s3://b/a], storage_options: {secret: [hunter2]}}]", "got a list; input should"),
+        ("data.sources=[{kind: text, paths: [s3://b/a], storage_options: {secret: 1.5}}]", r"got \*\*\*; input should be a"),
+        ("data.sources=[{kind: text, paths: [s3://b/a], storage_options: {secret: hunter2}}]", "storage_options has secret"),
+        ("data.cache.options={secret: hunter2}", "data.cache.options has secret, which would be saved with the run; give"),
+        ("run.name=https://me:hunter2@host", r"run.name: got 'https://\*\*\*@host'; string should match"),
+        ("run.name=https://host?sig=hunter2", r"run.name: got 'https://host\?\*\*\*'; string should match"),
+        ("data.{https://me:hunter2@host}=1", r"@host}: no such key"),
+        ("https://me:hunter2@host/x", r"'https://\*\*\*@host/x': expected section.key=value"),
+        ("https://me:hunter2@host/x?token=hunter2", r"'https://\*\*\*@host/x\?\*\*\*': expected section.key=value"),
+        ("https://me:hunter2@host=token", r"'https://\*\*\*@host=\*\*\*': expected section.key=value"),
+    ],
+)  # fmt: skip
+def test_credentials_are_not_shown(recipe, override, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(recipe, [override])
+    assert "hunter2" not in str(error.value)
+
+
+def test_a_section_that_is_none_is_not_shown_where_it_is_an_option(recipe, tmp_path):
+    for text, key, got in (("{folder: 'https://me:hunter2@host'}", "folder", r"'https://\*\*\*@host'"),
+                           ("{options: {secret: hunter2}}", "options.secret", r"\*\*\*")):  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"is {got}, not a section") as error:
+            load_config(recipe, [f"data.cache={text}", f"data.cache.{key}.x=1"])
+        assert "hunter2" not in str(error.value)
+
+
 def test_all_errors_come_at_once(recipe):
     with pytest.raises(ConfigError) as error:
         load_config(recipe, ["optim.lr=-1", "train.stepz=3", "model.d_model=x", "checkpoint.every=0"])
@@ -107,7 +140,9 @@ def test_all_errors_come_at_once(recipe):
     [
         ("run: {name: x}\nrun: {name: y}\n", "the key 'run' is given twice"),
         ("- a\n- b\n", "expected sections such as run:, model:, train:; got list"),
-        ("run: [", "not YAML"),
+        ("run: [", "r.yaml: not YAML: .* at line 1, column 7"),
+        ("data: {corpus: 'https://me:hunter2@host\n", r"^(?!.*hunter2).*: not YAML: .* at line \d"),
+        ("run: \0", "not YAML: unacceptable character"),
         ("run: !!python/object/apply:os.system ['true']\n", "not YAML: could not determine a constructor"),
         ("run: {name: x}\n", "model: missing; it has no default"),
     ],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.config import ConfigError
-from launcher.prepare import part_of
+from launcher.prepare import main, part_of
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = sysconfig.get_path("stdlib")
@@ -90,6 +90,51 @@ def test_what_cannot_be_done_is_said_without_a_traceback(recipe, tmp_path, overr
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+CANARY = "hunter2canary"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.corpus=https://me:{canary}@host/corpus",
+        "data.corpus='https://host/corpus?X-Amz-Signature={canary}'",
+        "data.sources=[{{kind: text, paths: ['s3://AKIA:{canary}@bucket/*']}}]",
+        "data.sources=[{{kind: text, paths: 's3://AKIA:{canary}@bucket/*'}}]",
+        "data.sources=[{{kind: dataset, field: text, path: 'https://{canary}@host/x'}}]",
+        "data.sources=[{{kind: corpus, path: 'https://host/x?sig={canary}'}}]",
+        "data.sources=[{{kind: megatron, prefix: ['https://host/x?token={canary}']}}]",
+        "data.sources=[{{kind: text, paths: [s3://b/a], storage_options: {{secret: {canary}}}}}]",
+        "data.cache.folder=ftp://me:{canary}@host/x",
+        "data.cache.options={{password: {canary}}}",
+        "data.stream={{dataset: json, data_files: ['https://host/x?key={canary}'], tokenizer: t}}",
+        "data.stream={{dataset: 'https://me:{canary}@host/x', tokenizer: t}}",
+        "data.tokenizer.path=https://me:{canary}@host/x",
+        "data.corpus=[https://me:{canary}@host/corpus",
+        "run.name=https://me:{canary}@host/corpus",
+        "--data.corpus=https://me:{canary}@host/corpus",
+    ],
+)
+def test_credentials_are_neither_shown_nor_written(recipe, tmp_path, monkeypatch, capfd, override):
+    monkeypatch.chdir(tmp_path)
+    corpus = [] if "corpus=" in override else ["data.corpus=corpus"]
+    try:
+        code = main(["--config", str(recipe), *corpus, override.format(canary=CANARY)])
+    except SystemExit as left:  # by argparse
+        code = left.code
+    said = "".join(capfd.readouterr())
+    assert (code, CANARY in said) == (2, False)
+    assert said
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and CANARY in path.read_text()] == []
+
+
+def test_credentials_in_the_command_itself(recipe, tmp_path):
+    done = run(recipe, f"data.corpus=https://me:{CANARY}@host/c", f"data.tokenizer.path=https://host/t?token={CANARY}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "data.corpus is a URL with a user or password in it, which would be saved with the run; give" in done.stderr
+    assert "data.tokenizer.path is a URL with token in its query, which would be saved" in done.stderr
+    assert CANARY not in done.stderr
 
 
 def test_parts_share_the_work_and_the_last_writes_the_manifest(recipe, tmp_path):

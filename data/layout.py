@@ -10,12 +10,13 @@ it is needed; only how many windows each block has must be known before, and lau
 """
 
 import json
+import logging
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import xxhash
@@ -24,6 +25,8 @@ from numpy.typing import NDArray
 from data.manifest import CorpusError, Manifest, ShardEntry, Split
 from data.packing import Packing, best_fit, count_windows, fill
 from data.shards import Shard
+
+log = logging.getLogger(__name__)
 
 BLOCK_DOCUMENTS = 4096
 _PACKINGS = 256  # kept in memory: some 100 KB each
@@ -147,7 +150,8 @@ class BestFit:
                 if packing.n_windows != self.windows_per_block[block]:
                     raise CorpusError(
                         f"{shard.prefix}: block {block} packs into {packing.n_windows} windows, its count says "
-                        f"{self.windows_per_block[block]}; run launcher/prepare.py again, which counts anew"
+                        f"{self.windows_per_block[block]}; delete {counts_file(self.seq_len)} in the corpus folder and run "
+                        "launcher/prepare.py again, which counts anew"
                     )
                 self._packings[block] = packing
                 if len(self._packings) > _PACKINGS:
@@ -167,14 +171,15 @@ def counts_file(seq_len: int) -> str:
 def count_best_fit(
     folder: Path, manifest: Manifest, seq_len: int, open_shard: Callable[[str, ShardEntry], Shard]
 ) -> None:
-    """Count the windows of every block and write them into the corpus folder, unless they are there.
+    """Count the windows of every block and write them into the corpus folder, unless they are there and sound.
 
     open_shard: gives a shard of a source. Reads the indices of the shards, no tokens.
     """
     path = folder / counts_file(seq_len)
-    wanted = _identity(manifest)
-    if path.is_file() and json.loads(path.read_bytes())["shards"] == wanted:
-        return
+    if path.is_file():
+        if not (problem := counts_problem(path.read_bytes(), manifest)):
+            return
+        log.warning("%s %s; it is written again", path, problem)
     counts = {
         name: {
             split: [_count(open_shard(name, entry), seq_len) for entry in part.shards]
@@ -182,27 +187,36 @@ def count_best_fit(
         }
         for name, source in manifest.sources.items()
     }
+    content = {"block_documents": BLOCK_DOCUMENTS, "shards": _identity(manifest), "windows": counts}
     path.parent.mkdir(exist_ok=True)
     staging = path.with_name(path.name + ".tmp")
     with open(staging, "w", encoding="utf-8") as stream:
-        json.dump({"block_documents": BLOCK_DOCUMENTS, "shards": wanted, "windows": counts}, stream)
+        json.dump({**content, "xxh3": _hash(content)}, stream)
         stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(staging, path)
 
 
-def read_counts(payload: bytes, where: str, manifest: Manifest, source: str, split: Split) -> list[list[int]]:
-    """The counts of one split of a source. Raises CorpusError when they are of other shards or damaged."""
-    again = "run launcher/prepare.py again, which counts anew"
+def counts_problem(payload: bytes, manifest: Manifest) -> str:
+    """What is wrong with the counts in a file's bytes; empty when they are as they were written, and of these shards."""
     try:
         content = json.loads(payload)
-        same = (content["block_documents"], content["shards"]) == (BLOCK_DOCUMENTS, _identity(manifest))
-        counts: list[list[int]] = content["windows"][source][split]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorpusError(f"{where} is damaged ({error!r}); {again}") from None
-    if not same:
-        raise CorpusError(f"{where} counts the windows of other shards than the corpus has; {again}")
+        expected, found = content.pop("xxh3"), _hash(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"is damaged ({error!r})"
+    if found != expected:
+        return f"is damaged (its content has hash {found}, it says {expected})"
+    if (content["block_documents"], content["shards"]) != (BLOCK_DOCUMENTS, _identity(manifest)):
+        return "counts the windows of other shards than the corpus has"
+    return ""
+
+
+def read_counts(payload: bytes, where: str, manifest: Manifest, source: str, split: Split) -> list[list[int]]:
+    """The counts of one split of a source. Raises CorpusError when they are of other shards or damaged."""
+    if problem := counts_problem(payload, manifest):
+        raise CorpusError(f"{where} {problem}; run launcher/prepare.py on the corpus's folder again, which counts anew")
+    counts: list[list[int]] = json.loads(payload)["windows"][source][split]
     return counts
 
 
@@ -211,6 +225,10 @@ def _count(shard: Shard, seq_len: int) -> list[int]:
         count_windows(shard.lengths(first, first + BLOCK_DOCUMENTS), seq_len + 1)
         for first in range(0, shard.n_documents, BLOCK_DOCUMENTS)
     ]
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(content).encode())
 
 
 def _identity(manifest: Manifest) -> str:

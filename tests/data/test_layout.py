@@ -1,7 +1,5 @@
 """Best-fit corpora: each token a target once, the counts beside the corpus, and refusals when they do not belong to it."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -92,19 +90,56 @@ def test_counts_are_made_once_and_belong_to_their_shards(make_corpus):
     count(folder)
     assert file.stat().st_ino == before
     Corpus.open(folder, "train", reading)
-    good = json.loads(file.read_bytes())
-    file.write_text(json.dumps({**good, "shards": "0" * 16}))
+    good, other = file.read_bytes(), make_corpus([[5, 6], [8]], "other")
+    count(other)
+    file.write_bytes((other / counts_file(T)).read_bytes())
     with pytest.raises(CorpusError, match=r"best_fit-9.json counts the windows of other shards than the corpus has"):
         Corpus.open(folder, "train", reading)
     count(folder)
-    assert json.loads(file.read_bytes()) == good
-    file.write_text("{")
-    with pytest.raises(CorpusError, match=r"best_fit-9.json is damaged \(JSONDecodeError"):
+    assert file.read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda text: "", r"is damaged \(JSONDecodeError"),
+        (lambda text: text[:-5], r"is damaged \(JSONDecodeError"),
+        (lambda text: text + "\xff", r"is damaged \(UnicodeDecodeError"),
+        (lambda text: "[]", r"is damaged \(TypeError"),
+        (lambda text: "{}", r"is damaged \(KeyError"),
+        (lambda text: text.replace("[[2]", "[[3]"), r"is damaged \(its content has hash \w{16}, it says \w{16}\)"),
+        (lambda text: text.replace(str(module.BLOCK_DOCUMENTS), "7"), r"is damaged \(its content has hash"),
+        (lambda text: text.replace('"shards": "', '"shards": "0'), r"is damaged \(its content has hash"),
+    ],
+)
+def test_damaged_counts_are_refused_and_counted_again(make_corpus, caplog, change, match):
+    folder = make_corpus([[5, 6], [7]])
+    count(folder)
+    file, reading = folder / counts_file(T), Reading(T, packing="best_fit")
+    good = file.read_text()
+    file.write_text(change(good), encoding="latin1")
+    assert file.read_text("latin1") != good
+    with pytest.raises(
+        CorpusError, match=rf"best_fit-9.json {match}.*; run launcher/prepare.py on the corpus's folder"
+    ):
         Corpus.open(folder, "train", reading)
-    good["windows"]["only"]["train"][0][0] += 1
-    file.write_text(json.dumps(good))
-    corpus = Corpus.open(folder, "train", reading)
-    with pytest.raises(CorpusError, match=r"train-00000: block 0 packs into 2 windows, its count says 3; run"):
+    count(folder)
+    assert [record.message.endswith("; it is written again") for record in caplog.records] == [True]
+    assert file.read_text() == good
+    Corpus.open(folder, "train", reading).window(0)
+
+
+def test_counts_of_another_way_to_pack_are_noticed(make_corpus, monkeypatch):
+    """As of another version: they are whole, and wrong."""
+    folder = make_corpus([[5, 6], [7]])
+    with monkeypatch.context() as other:
+        other.setattr(module, "count_windows", lambda lengths, seq_len: 3)
+        count(folder)
+    corpus = Corpus.open(folder, "train", Reading(T, packing="best_fit"))
+    with pytest.raises(
+        CorpusError,
+        match=r"train-00000: block 0 packs into 2 windows, its count says 3; delete packing/best_fit-9.json",
+    ):
         corpus.window(0)
 
 

@@ -24,7 +24,7 @@ import secrets
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from io import FileIO
@@ -346,12 +346,13 @@ def default_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"longhaul-cache-{os.getuid()}"
 
 
-def file_xxh3(path: Path) -> str:
-    """xxh3-64 of a file in hexadecimal, read in blocks of 1 MiB."""
+def file_xxh3(path: Path, on_read: Callable[[int], None] = lambda n_bytes: None) -> str:
+    """xxh3-64 of a file in hexadecimal, read in blocks of 1 MiB; on_read is told their bytes."""
     digest = xxhash.xxh3_64()
     with open(path, "rb") as stream:
         while block := stream.read(2**20):
             digest.update(block)
+            on_read(len(block))
     return digest.hexdigest()
 
 

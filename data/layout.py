@@ -29,6 +29,7 @@ from data.shards import Shard
 log = logging.getLogger(__name__)
 
 BLOCK_DOCUMENTS = 4096
+COUNTS = "packing/best_fit-{}.json"  # with seq_len
 _PACKINGS = 256  # kept in memory: some 100 KB each
 
 IntArray = NDArray[np.int64]
@@ -165,7 +166,7 @@ class BestFit:
 
 def counts_file(seq_len: int) -> str:
     """Where the counts lie in a corpus folder."""
-    return f"packing/best_fit-{seq_len}.json"
+    return COUNTS.format(seq_len)
 
 
 def count_best_fit(

@@ -16,17 +16,15 @@ Several processes, each with its part of the units, write the same corpus as one
 import json
 import logging
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
-from tqdm import tqdm
 
 from data.clean import decide, forget, is_marked
 from data.config import DataConfig
@@ -35,6 +33,7 @@ from data.layout import count_best_fit
 from data.manifest import MANIFEST, Manifest, ShardEntry, SourceEntry, Split, SplitEntry, TokenizerEntry
 from data.plan import Part, check_folder, check_plan, others_at_work, step, working
 from data.prepared import Pairs, Prepared, open_corpus, open_pairs, tokenizer_of
+from data.progress import progress
 from data.report import numbers, report
 from data.shards import Shard, token_dtype
 from data.sources import CorpusConfig, Limits, MegatronConfig, Source, Unit, open_source
@@ -71,7 +70,6 @@ log = logging.getLogger(__name__)
 BAD = "bad.jsonl"
 REPORT = "report.json"
 DECIDED = "decided.json"
-LINE_EVERY_S = 5.0  # where there is no terminal to draw a bar on
 PART_START_S = 60.0  # the parts of one job do not all start at the same moment
 PART_POLL_S = 0.2  # between looks whether other parts have marked their units
 TRAIN_READ_FACTOR = 8  # a tokenizer's sample is drawn from at most so many times its own size of text
@@ -415,7 +413,7 @@ def _run(
         UnitTask(work.folder, unit, work.rules, ROLL_FACTOR * work.cfg.shard_bytes, work.cfg.tokenizer.bulk)
         for unit in ordered
     ]
-    with _progress(total=sum(unit.n_bytes for unit in units)) as advance:
+    with progress(total=sum(unit.n_bytes for unit in units)) as advance:
         for done, result in run_tasks(task, tasks, work.cfg.workers or _cores(), on_report=advance):
             yield done.unit, result
 
@@ -573,44 +571,6 @@ def _count_windows(cfg: DataConfig, folder: Path, manifest: Manifest, seq_len: i
 
         with step(folder, "which counts the windows of best_fit"):
             count_best_fit(folder, manifest, seq_len, open_next)
-
-
-# -- progress ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
-    """A function to be told (documents, bytes) done: a bar on a terminal, elsewhere a line every few seconds."""
-    done = Counter[str]()
-    began = shown = time.perf_counter()
-    shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {postfix[0]:,} documents, {rate_fmt}, {remaining} left"
-    quiet = not sys.stderr.isatty()
-    with tqdm(total=total, unit="B", unit_scale=True, bar_format=shape, postfix=[0], disable=quiet) as bar:
-
-        def advance(n_documents: int, n_bytes: int) -> None:
-            nonlocal shown
-            done.update(documents=n_documents, bytes=n_bytes)
-            if not quiet:
-                bar.postfix[0] = done["documents"]
-                bar.update(n_bytes)
-            elif (now := time.perf_counter()) - shown >= LINE_EVERY_S:
-                shown = now
-                log.info(_progress_line(done["documents"], done["bytes"], total, now - began))
-
-        yield advance
-    if done:
-        seconds = time.perf_counter() - began
-        log.info("%.1f MB, %s documents in %.1f s, %.1f MB/s",
-                 done["bytes"] / 1e6, f"{done['documents']:,}", seconds, done["bytes"] / 1e6 / seconds)  # fmt: skip
-
-
-def _progress_line(n_documents: int, n_bytes: int, total: int, seconds: float) -> str:
-    rate = n_bytes / seconds
-    left_s = max(total - n_bytes, 0) / rate if rate else float("inf")
-    return (
-        f"{n_bytes / 1e6:.1f} of {total / 1e6:.1f} MB, {n_documents:,} documents, {rate / 1e6:.1f} MB/s, "
-        f"{left_s:.0f} s left"
-    )
 
 
 def _cores() -> int:

@@ -17,7 +17,10 @@ Under an array or srun the part comes from SLURM's variables. The part that fini
 ends before says how much is missing. Where duplicates are looked for (data.clean), parts wait for each other once, so
 all should run at the same time; those that end early for that are to be started again.
 
-Exit codes: 0 done, or this part done; 1 the machine failed; 2 something asked for cannot be done; 130 stopped by Ctrl-C.
+    python launcher/prepare.py --config configs/R.yaml --verify          # reads a finished corpus and compares all hashes
+
+Exit codes: 0 done, or this part done; 1 the machine failed, or --verify found a file that is not as it was written; 2
+something asked for cannot be done; 130 stopped by Ctrl-C.
 """
 
 import argparse
@@ -51,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         if of > 1:
             print(f"part       {number}/{of}", flush=True)
         cfg = recipe.data
+        if args.verify:
+            return _verify(cfg.corpus)
         manifest = prepare_part(cfg, Part(number, of), recipe.model.seq_len)
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
@@ -71,6 +76,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"malformed  {cfg.corpus}/bad.jsonl: {n_bad:,} documents left out")
     print(f"tokenizer  {cfg.corpus}/tokenizer: {manifest.tokenizer.vocab_size} pieces")
     print(f"next       deepspeed launcher/pretrain.py {shlex.join(['--config', args.config, *args.overrides])}")
+    return 0
+
+
+def _verify(corpus: str) -> int:
+    from data.verify import verify
+
+    found = verify(corpus)
+    if found.wrong:
+        print("\n".join(found.wrong), file=sys.stderr)
+        print(f"{corpus}: {len(found.wrong)} wrong among {found.files:,} files and the tokenizer", file=sys.stderr)
+        return 1
+    elsewhere = f"; not read: {', '.join(found.at_urls)}, at a URL" if found.at_urls else ""
+    print(f"verified   {corpus}: {found.files:,} files, {found.n_bytes:,} bytes of tokens, and the tokenizer are as they "
+          f"were written{elsewhere}")  # fmt: skip
     return 0
 
 
@@ -113,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python launcher/prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="recipe, a YAML file")
-    parser.add_argument("--part", metavar="I/N", help="do the units whose number is I modulo N (0/N to N-1/N)")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--verify", action="store_true", help="prove that a finished corpus is as it was written")
+    one.add_argument("--part", metavar="I/N", help="do the units whose number is I modulo N (0/N to N-1/N)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     return parser
 

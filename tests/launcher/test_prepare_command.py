@@ -68,6 +68,29 @@ def test_prepares_says_what_it_wrote_and_what_comes_next(recipe, tmp_path):
     assert "is finished; nothing to do" in again.stdout
 
 
+def test_verify_proves_or_names_what_differs(recipe, tmp_path):
+    override = f"data.corpus={tmp_path}/corpus"
+    assert run(recipe, override).returncode == 0
+    files = sorted(path for path in (tmp_path / "corpus" / "text").iterdir())
+    n_bytes = sum(path.stat().st_size for path in files)
+    done = run(recipe, override, "--verify")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == (
+        f"verified   {tmp_path}/corpus: {len(files)} files, {n_bytes:,} bytes of tokens, and the tokenizer are as they "
+        "were written"
+    )
+    for path in files[:2]:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    failed = run(recipe, override, "--verify")
+    assert failed.returncode == 1
+    assert [line.split(" ")[0] for line in failed.stderr.splitlines()] == [*map(str, files[:2]), f"{tmp_path}/corpus:"]
+    assert failed.stderr.endswith(f"2 wrong among {len(files)} files and the tokenizer\n")
+    assert "verified" not in failed.stdout
+    refused = run(recipe, "data.corpus=s3://bucket/c", "--verify")
+    assert refused.returncode == 2
+    assert "is a URL, and what lies there is compared with its hashes whenever it is fetched" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("override", "code", "message"),
     [

@@ -81,7 +81,9 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     workers: Annotated[int, Field(ge=1)] | None = None  # processes that prepare; None: one for each core
     on_bad: Literal["stop", "skip"] = "stop"  # what prepare does with a malformed document
     max_bad: Annotated[int, Field(ge=0)] = 1000  # with skip: more malformed documents than this, in all, stop it
-    max_document_bytes: Annotated[int, Field(ge=2**10)] = 2**28  # UTF-8 bytes; a longer document is malformed
+    # UTF-8 bytes; a longer document is malformed. A worker holds some 6 times as much at once (words), and 16 times
+    # where every byte is a token
+    max_document_bytes: Annotated[int, Field(ge=2**10)] = 2**28
     clean: CleanConfig = CleanConfig()  # duplicates and documents of low quality that prepare leaves out
 
     @model_validator(mode="before")  # so that no other message shows what it must not

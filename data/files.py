@@ -364,7 +364,14 @@ class Block(NamedTuple):
 
     offset: int  # bytes (unpacked) before the first of them
     lines_before: int  # of those that were counted, from where the reading began
-    payload: bytes  # a line longer than the limit is here cut at some length above it
+    payload: bytes
+
+
+class Long(NamedTuple):
+    """A line that goes on in another read and is longer than the limit; nothing of it is held."""
+
+    offset: int
+    lines_before: int
 
 
 class Loss(NamedTuple):
@@ -385,15 +392,17 @@ class LineReader:
         self._ended = False
         self._damage: Damaged | None = None
 
-    def blocks(self, stretches: Iterator[tuple[int, int]]) -> Iterator[Block | Loss]:
+    def blocks(self, stretches: Iterator[tuple[int, int]]) -> Iterator[Block | Long | Loss]:
         """The lines that begin in [start, stop) of each stretch; the stretches ascend, and may go beyond the end."""
+        inside = False  # a line that began before the stretch
         for start, stop in stretches:
             if self._offset < start:  # else the one before ended in a line that began in it
                 self._skip_to(start - 1)
-                self._skip_line()
-            if self._offset < stop and not self._at_end():
-                offset, lines = self._offset, self._lines
-                yield Block(offset, lines, self._take(stop))
+                inside = True
+            if inside:
+                inside = not self._skip_line(stop)
+            if not inside and self._offset < stop and not self._at_end():
+                yield from self._take(stop)
             if self._at_end() and self._offset < stop:
                 if self._damage is not None and self._offset >= start:
                     yield Loss(self._offset, self._lines, str(self._damage))
@@ -426,47 +435,57 @@ class LineReader:
         while self._offset < target and not self._at_end():
             self._drop(target - self._offset)
 
-    def _skip_line(self) -> None:
-        while not self._at_end():
+    def _skip_line(self, stop: int) -> bool:
+        """Whether the line that goes on here ends before stop; otherwise some byte from there on is reached."""
+        while self._offset < stop and not self._at_end():
             end = self._data.find(b"\n") + 1
             self._drop(end or len(self._data))
             if end:
-                return
+                return True
+        return False
 
-    def _take(self, stop: int) -> bytes:
+    def _take(self, stop: int) -> Iterator[Block | Long]:
         """Lines up to the one in which byte stop - 1 lies, and that line."""
         need = stop - self._offset
         while len(self._data) < need and self._more():
             pass
         end = self._data.find(b"\n", need - 1) + 1
         if end:
-            payload, self._data = self._data[:end], self._data[end:]
-            self._offset += end
-        else:
-            payload = self._take_long()
-        self._lines += payload.count(b"\n")
-        return payload
+            yield self._cut(end)
+            return
+        if begin := self._data.rfind(b"\n") + 1:
+            yield self._cut(begin)
+        if self._data:
+            yield from self._take_long()
 
-    def _take_long(self) -> bytes:
-        """All of _data and what follows to the end of its last line, of which no more than limit is kept."""
-        parts, length = [self._data], len(self._data) - (self._data.rfind(b"\n") + 1)
-        self._offset += len(self._data)
-        self._data = b""
-        while part := self._next():
-            end = part.find(b"\n") + 1
+    def _cut(self, end: int) -> Block:
+        block = Block(self._offset, self._lines, self._data[:end])
+        self._data = self._data[end:]
+        self._offset += end
+        self._lines += block.payload.count(b"\n")
+        return block
+
+    def _take_long(self) -> Iterator[Block | Long]:
+        """The line that _data is the beginning of, without its end; of one beyond the limit nothing is kept."""
+        offset, lines, parts, length = self._offset, self._lines, [self._data], len(self._data)
+        self._data, ended = b"", False
+        while not ended and (part := self._next()):
+            line, newline, self._data = part.partition(b"\n")
+            length, ended = length + len(line), bool(newline)
             if length <= self._limit:
-                parts.append(part[:end] if end else part)
-            elif end:
-                parts.append(b"\n")
-            length += end or len(part)
-            self._offset += end or len(part)
-            if end:
-                self._data = part[end:]
-                break
+                parts.append(line)
+            else:
+                parts.clear()
+        self._offset += length + ended
+        self._lines += ended
+        if not ended and self._damage is not None and not self._damage.whole:
+            return  # it is not all there
+        if length > self._limit:
+            yield Long(offset, lines)
+            return
         payload = b"".join(parts)
-        if self._damage is not None and not self._damage.whole:  # the last line is not whole
-            payload = payload[: payload.rfind(b"\n") + 1]
-        return payload
+        parts.clear()  # or a long line would be held twice while it is read
+        yield Block(offset, lines, payload)
 
 
 def count_lines(path: str, options: Options, stop: int) -> int | None:

@@ -9,6 +9,7 @@ import json
 import string
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from data.files import (
     Damaged,
     File,
     LineReader,
+    Long,
     Loss,
     Options,
     count_lines,
@@ -173,8 +175,9 @@ def text_file(piece: Piece, reader: Reader) -> Iterator[Found]:
             yield _lost(file.name, f"{file.path}, unpacked byte {len(payload)}", str(damage), "the file")
             return
     embedded = reader.kind == "embedded"
+    mark = 0 if embedded or not payload.startswith(MARK) else len(MARK)
     try:
-        text = (payload if embedded else payload.removeprefix(MARK)).decode("utf-8")
+        text = str(memoryview(payload)[mark:], "utf-8")  # without a copy of what may be large
     except UnicodeDecodeError as error:
         yield Skipped(file.name, "undecodable") if embedded else _not_utf8(file, bytes(payload), error)
         return
@@ -221,6 +224,8 @@ def json_lines(piece: Piece, reader: Reader) -> Iterator[Found]:
                 if isinstance(block, Loss):
                     where = f"{file.path}, line {block.lines_before + 1}, unpacked byte {block.offset}"
                     yield _lost(file.name, where, block.what, "the rest of it")
+                elif isinstance(block, Long):
+                    yield lines.too_long(block.offset, block.lines_before + 1)
                 else:
                     yield from lines.found(block)
 
@@ -253,25 +258,31 @@ class _Lines:
             if not line or line.isspace():
                 continue
             name = f"{path}:{number}" if packed else f"{path}@{begin}"
+            if len(line) > limit:
+                yield self.too_long(begin, number)
+                continue
             try:
                 text = text_of(decode(line.decode("utf-8")), parts)
                 if b"\\u" in line:
                     text.encode("utf-8")  # an escape can make half a character
             except (ValueError, RecursionError, AttributeError, FieldError):
-                text = "\0"
-            if "\0" in text or len(line) > limit or 4 * len(text) > limit:
                 yield self._examine(name, line, begin, number)
+                continue
+            if "\0" in text or 4 * len(text) > limit:
+                yield judge(name, partial(self._where, begin, number), text, limit)
             else:
                 yield Document(name, text) if text else Skipped(name, "empty")
 
+    def too_long(self, offset: int, number: int) -> Bad:
+        name = f"{self.file.path}:{number}" if self.file.packing else f"{self.file.path}@{offset}"
+        return _too_long(name, self._where(offset, number), "the line", self.reader.limit)
+
+    def _where(self, offset: int, number: int) -> str:
+        return f"{self.file.path}, {self._place(number, offset)}"
+
     def _examine(self, name: str, line: bytes, offset: int, number: int) -> Found:
         """What found() made no document of at once, slowly."""
-
-        def where() -> str:
-            return f"{self.file.path}, {self._place(number, offset)}"
-
-        if len(line) > self.reader.limit:
-            return _too_long(name, where(), "the line", self.reader.limit)
+        where = partial(self._where, offset, number)
         line = line.removeprefix(MARK) if offset == 0 else line
         try:
             record = json.loads(line.decode("utf-8"))

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from data import columns, formats
 from data import files as files_module
-from data.files import LineReader, count_lines
+from data.files import LineReader, Long, count_lines
 from data.sources import Bad, Document, Limits, Skipped, SourceConfig, SourceError, documents, open_source
 
 POEMS = Path(__file__).parents[3] / "shared" / "data" / "poetry-zh.jsonl.gz"
@@ -274,20 +274,51 @@ def test_cutting_changes_nothing(lines, ends, shard_bytes, ending, tmp_path_fact
     limit=st.integers(1, 60),
 )
 def test_line_reader(payload, cuts, step, limit):
-    """Every line once, in the stretch in which it begins, whole up to the limit, however the stream comes."""
+    """Every line once, in the stretch in which it begins, whole up to the limit, however the stream comes.
+
+    A longer one is whole, too, or (where it goes on in another read) said to be so.
+    """
     ends = [0, *sorted(cuts)]
     parts = [payload[start:stop] for start, stop in zip(ends, [*ends[1:], None], strict=True)]
     reader = LineReader(filter(None, parts), 0, limit)
     found = []
     for block in reader.blocks((start, start + step) for start in range(0, len(payload) + 1, step)):
-        lines = block.payload.split(b"\n")
         assert block.lines_before == payload.count(b"\n", 0, block.offset)
-        found += lines[:-1] if block.payload.endswith(b"\n") else lines
+        if isinstance(block, Long):
+            found.append((block.offset, None))
+            continue
+        at = block.offset
+        for line in block.payload.splitlines(keepends=True):
+            found.append((at, line.rstrip(b"\n")))
+            at += len(line)
     wanted = payload.split(b"\n")
     wanted = wanted[:-1] if payload.endswith(b"\n") or not payload else wanted
     assert len(found) == len(wanted)
+    at = 0
     for got, line in zip(found, wanted, strict=True):
-        assert got == line if len(line) <= limit else len(got) > limit and line.startswith(got)
+        assert got in ([(at, line)] if len(line) <= limit else [(at, line), (at, None)])
+        at += len(line) + 1
+
+
+@pytest.mark.parametrize("ending", ["", "\n"])
+def test_a_long_line_is_not_read_again_by_every_unit_it_goes_through(tmp_path, monkeypatch, small_blocks, ending):
+    payload = GOOD * 3 + b'{"text": "' + b"x" * 100_000 + b'"}\n' + GOOD * 3 + ending.encode()
+    (tmp_path / "a.jsonl").write_bytes(payload)
+    n_read, chunks = 0, files_module.chunks
+
+    def counted(*arguments):
+        nonlocal n_read
+        for part in chunks(*arguments):
+            n_read += len(part)
+            yield part
+
+    monkeypatch.setattr(files_module, "chunks", counted)
+    found = read("jsonl", tmp_path / "a.jsonl", 2000, shard_bytes=1000)
+    assert texts(found) == ["good"] * 6
+    assert only_bad(found).message.startswith(
+        f"{tmp_path}/a.jsonl, line 4, byte 51: the line is longer than 2000 bytes"
+    )
+    assert n_read < 2.5 * len(payload)  # by the unit in which it begins, and by those that it goes through
 
 
 def test_few_packed_files_are_striped_and_many_are_not(tmp_path, small_blocks):

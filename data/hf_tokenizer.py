@@ -4,7 +4,7 @@ transformers reads the folder, so that the vocabulary is the one it would use; t
 underneath, without truncation, padding or template, and a special token's name in a text stays text. A saved copy adds
 our fields (kind, fingerprint, vocab_size) to tokenizer_config.json and stays a folder that transformers reads.
 
-Whether decode gives the text back is up to the tokenizer (byte-level BPE: yes; WordPiece: no): measure says how often.
+Whether decode gives the text back is up to the tokenizer (byte-level BPE: yes; WordPiece: no).
 """
 
 import json

@@ -26,24 +26,20 @@ from data.bulk_encode import Bulk, BulkEncoder, Encoder, Gigatoken, Ids, Unsuppo
 from data.hf_tokenizer import JSON_FILE, HuggingFaceTokenizer
 from data.tokenizer_base import (
     CONFIG_FILE,
-    Quality,
     TokenizerBase,
     TokenizerError,
     as_json,
-    measure,
     read_config,
     surrogate_error,
     write_folder,
 )
 
 __all__ = [
-    "Quality",
     "SentencePieceTokenizer",
     "Tokenizer",
     "TokenizerConfig",
     "TokenizerError",
     "load_tokenizer",
-    "measure",
     "train",
 ]
 

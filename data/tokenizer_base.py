@@ -1,12 +1,12 @@
-"""What every tokenizer offers, whatever library made it, and how well it suits a text."""
+"""What every tokenizer offers, whatever library made it."""
 
 import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,6 @@ from data.bulk_encode import BulkEncoder, Ids
 from data.errors import DataError
 
 CONFIG_FILE = "tokenizer_config.json"
-_MEASURED_CHARS = 2**20  # of text encoded at a time
 
 
 class TokenizerError(DataError):
@@ -74,42 +73,6 @@ class TokenizerBase(ABC):
     def unknowns(self, ids: Sequence[int] | NDArray[np.integer]) -> int:
         """How many of ids stand for what the vocabulary lacks: single bytes of a fallback, or the unknown token."""
         return int(np.isin(np.asarray(ids, dtype=np.int32), self._unknown_ids).sum())
-
-
-class Quality(NamedTuple):
-    """How a tokenizer does on some documents."""
-
-    documents: int
-    bytes: int  # of UTF-8
-    tokens: int
-    unknown_tokens: int
-    lossless_documents: int  # whose text decode gives back
-
-    @property
-    def bytes_per_token(self) -> float:
-        return self.bytes / max(self.tokens, 1)
-
-
-def measure(tokenizer: TokenizerBase, texts: Iterable[str]) -> Quality:
-    """Encode and decode texts, which are read once and never held whole."""
-    total = np.zeros(len(Quality._fields), dtype=np.int64)
-    waiting: list[str] = []
-    n_chars = 0
-    for text in texts:
-        waiting.append(text)
-        n_chars += len(text)
-        if n_chars >= _MEASURED_CHARS:
-            total += _measure(tokenizer, waiting)
-            waiting, n_chars = [], 0
-    return Quality(*(total + _measure(tokenizer, waiting)).tolist())
-
-
-def _measure(tokenizer: TokenizerBase, texts: list[str]) -> NDArray[np.int64]:
-    encoded = tokenizer.encode_batch(texts)
-    lossless = sum(tokenizer.decode(ids) == text for text, ids in zip(texts, encoded, strict=True))
-    n_bytes = sum(len(text.encode()) for text in texts)
-    unknown = sum(map(tokenizer.unknowns, encoded))
-    return np.array([len(texts), n_bytes, sum(map(len, encoded)), unknown, lossless], dtype=np.int64)
 
 
 def surrogate_error(text: str, error: UnicodeEncodeError, begin: int = 0) -> TokenizerError:

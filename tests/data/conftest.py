@@ -1,4 +1,4 @@
-"""Corpora for the tests, written shard by shard without any text, and one tokenizer trained on real files."""
+"""Corpora for the tests, written shard by shard without any text, and real texts."""
 
 import sysconfig
 from pathlib import Path
@@ -8,7 +8,6 @@ import pytest
 
 from data.manifest import MANIFEST, Manifest, ShardEntry, SourceEntry, SplitEntry, TokenizerEntry
 from data.shards import ShardWriter
-from data.tokenizer import TokenizerConfig, train
 
 
 @pytest.fixture
@@ -57,9 +56,3 @@ def library_texts(*folders: str) -> list[str]:
 @pytest.fixture(scope="session")
 def texts():
     return library_texts("json", "asyncio", "email")
-
-
-@pytest.fixture(scope="session", params=["bpe", "unigram"])
-def tokenizer(request, texts, tmp_path_factory):
-    cfg = TokenizerConfig(model_type=request.param, vocab_size=1000, train_bytes=2**18)
-    return train(texts, tmp_path_factory.mktemp("tokenizers") / request.param, cfg)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from data import tokenizer as module
 from data.tokenizer import MODEL_FILE, Tokenizer, TokenizerConfig, TokenizerError, load_tokenizer, open_tokenizer, train
-from data.tokenizer_base import CONFIG_FILE, Quality, measure, write_folder
+from data.tokenizer_base import CONFIG_FILE, write_folder
 
 SMALL = TokenizerConfig(vocab_size=400, train_bytes=2**16)
 VOCAB_SIZES = {"bpe": 1000, "unigram": 1000, "char": 340}
@@ -241,7 +241,7 @@ def test_shares_add_up(tmp_path):
         train([(["abc"], 4), (["abc"], 6)], tmp_path / "t", SMALL)
 
 
-# -- unknowns and quality ----------------------------------------------------------------------------------------------
+# -- unknowns --------------------------------------------------------------------------------------------------------
 
 
 def test_unknowns_are_the_bytes_of_what_the_vocabulary_lacks(tokenizer):
@@ -250,26 +250,6 @@ def test_unknowns_are_the_bytes_of_what_the_vocabulary_lacks(tokenizer):
     assert tokenizer.unknowns(tokenizer.encode("\u2581")) == 3
     assert tokenizer.unknowns([0, tokenizer.eos_id]) == 1
     assert tokenizer.unknowns([]) == 0
-
-
-def test_quality(tokenizer, texts):
-    chosen = [*texts[:3], "🧑" * 5, ""]
-    found = measure(tokenizer, iter(chosen))
-    encoded = [tokenizer.encode(text) for text in chosen]
-    assert found == Quality(
-        documents=5,
-        bytes=sum(len(text.encode()) for text in chosen),
-        tokens=sum(map(len, encoded)),
-        unknown_tokens=sum(tokenizer.unknowns(ids) for ids in encoded),
-        lossless_documents=5,
-    )
-    assert found.bytes_per_token == found.bytes / found.tokens
-    assert measure(tokenizer, []) == (0, 0, 0, 0, 0)
-
-
-def test_quality_counts_what_is_lost(tokenizer, texts, monkeypatch):
-    monkeypatch.setattr(tokenizer, "_decode", lambda ids: "")
-    assert measure(tokenizer, ["a", "", "b"]).lossless_documents == 1
 
 
 @pytest.mark.parametrize(

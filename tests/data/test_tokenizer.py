@@ -74,6 +74,33 @@ def test_decode_undoes_encode(tokenizer, text):
     assert tokenizer.decode(ids) == text
 
 
+CHINESE = "床前明月光、疑是地上霜。举头望明月、低头思故乡。"  # some of it has pieces of its own, some does not
+ALPHABET = [*CHINESE, *"静夜思", "\t", "\n", " ", "  ", "    ", "\u2581", "\u3000", "def ", "7", "🧑"]
+
+
+@pytest.fixture(scope="module", params={"bpe": 300, "unigram": 300, "char": 280}.items(), ids=lambda item: item[0])
+def chinese(request, tmp_path_factory):
+    """Trained on Chinese with tabs, newlines and runs of spaces, so that all these are pieces."""
+    model_type, vocab_size = request.param
+    generator = random.Random(1)
+    line = [*CHINESE * 2, "\t", "\n", " ", "    ", "def f(x):\n\t"]
+    text = "".join(generator.choice(line) for _ in range(20_000))
+    cfg = SMALL.model_copy(update={"model_type": model_type, "vocab_size": vocab_size})
+    return train_one([text], tmp_path_factory.mktemp("chinese") / model_type, cfg)
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.lists(st.sampled_from(ALPHABET), max_size=60).map("".join))
+@example(f"\t{CHINESE}\n\n    {CHINESE}  \u2581 \n")
+def test_decode_undoes_encode_where_the_pieces_are_chinese(chinese, text):
+    assert chinese.decode(chinese.encode(text)) == text
+
+
+def test_chinese_has_pieces(chinese):
+    assert chinese.unknowns(chinese.encode("明月\t光\n  ")) == 0
+    assert chinese.unknowns(chinese.encode("静")) == 3
+
+
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS)
 def test_control_ids_never_come_from_text(tokenizer, text):
@@ -241,7 +268,7 @@ def test_shares_add_up(tmp_path):
         train([(["abc"], 4), (["abc"], 6)], tmp_path / "t", SMALL)
 
 
-# -- unknowns --------------------------------------------------------------------------------------------------------
+# -- unknowns ----------------------------------------------------------------------------------------------------------
 
 
 def test_unknowns_are_the_bytes_of_what_the_vocabulary_lacks(tokenizer):

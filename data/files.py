@@ -16,7 +16,7 @@ import fsspec
 import zstandard
 
 from data.errors import DataError
-from data.urls import redact
+from data.urls import missing_driver, redact
 
 Options = dict[str, str | int | bool]  # of a remote file system, as fsspec passes them on
 
@@ -30,15 +30,6 @@ GZIP, ZSTD = "gzip", "zstd"
 ENDINGS = {".gz": GZIP, ".gzip": GZIP, ".zst": ZSTD, ".zstd": ZSTD}
 MAGIC = {GZIP: b"\x1f\x8b", ZSTD: b"\x28\xb5\x2f\xfd"}
 OTHERS = {rb"BZh[1-9]1AY&SY": "bzip2", rb"\xfd7zXZ\x00": "xz", rb"PK\x03\x04": "zip", rb"\x04\x22\x4d\x18": "lz4"}
-INSTALL = {
-    "s3": "pip install 'longhaul[s3]'",
-    "s3a": "pip install 'longhaul[s3]'",
-    "gs": "pip install gcsfs",
-    "gcs": "pip install gcsfs",
-    "http": "pip install aiohttp requests",
-    "https": "pip install aiohttp requests",
-    "hf": "pip install huggingface_hub",
-}
 
 
 class SourceError(DataError):
@@ -216,9 +207,7 @@ def refusing(path: str, verb: str) -> Iterator[None]:
     except DataError:
         raise
     except ImportError as error:
-        protocol = path.partition("://")[0]
-        install = INSTALL.get(protocol, "install its driver for fsspec")
-        raise SourceError(f"{path}: no driver for {protocol}:// ({error}); {install}") from None
+        raise SourceError(f"{path}: {missing_driver(path, error)}") from None
     except Exception as error:
         if not is_remote(path) and not isinstance(error, OSError):
             raise

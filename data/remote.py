@@ -21,7 +21,7 @@ import fsspec.asyn
 import xxhash
 
 from data.cache import CacheConfig, StoreError
-from data.urls import redact, secrets_of
+from data.urls import missing_driver, redact, secrets_of
 
 log = logging.getLogger(__name__)
 
@@ -31,17 +31,6 @@ BLOCK = 8 * 2**20  # bytes a request; at 100 MB/s 0.08 s, beside which the time 
 FEW = 3  # tries of what is hardly going to change: a missing object, or one with other content
 MAX_PAUSE_S = 30.0  # between tries
 HTTP_RETRIED = (404, 408, 416, 425, 429)  # of the 4xx: the others say that the request is refused, now and later
-INSTALL = {
-    "s3": "pip install 'longhaul[s3]'",
-    "s3a": "pip install 'longhaul[s3]'",
-    "gs": "pip install gcsfs",
-    "gcs": "pip install gcsfs",
-    "http": "pip install aiohttp",
-    "https": "pip install aiohttp",
-    "hf": "pip install huggingface_hub",
-    "az": "pip install adlfs",
-    "abfs": "pip install adlfs",
-}
 
 
 class MissingError(StoreError):
@@ -238,11 +227,7 @@ class Remote:
         try:
             fs, _ = fsspec.core.url_to_fs(location, skip_instance_cache=True, **options)
         except ImportError as error:
-            install = INSTALL.get(protocol, "pip install the package that it names")
-            raise StoreError(
-                f"{self.location}: the driver for {protocol}:// is not installed ({self.redact(str(error))}); install it "
-                f"with: {install}"
-            ) from None
+            raise StoreError(f"{self.location}: {self.redact(missing_driver(location, error))}") from None
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise StoreError(
                 f"{self.location} cannot be opened ({self._describe(error)}); expected a folder, or a URL such as "

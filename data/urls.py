@@ -1,6 +1,7 @@
-"""What of a URL, or of its driver's options, lets its reader into a store: refused in a config, left out of messages.
+"""URLs: what of them, or of a driver's options, lets a reader into a store; and which package reads them.
 
-A config is kept with every corpus, run and checkpoint; credentials come from the environment alone.
+Credentials are refused in a config, which is kept with every corpus, run and checkpoint, and left out of messages; they
+come from the environment alone.
 """
 
 import re
@@ -14,6 +15,18 @@ ENVIRONMENT = (
     "give credentials through the environment (for S3: AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for "
     "Hugging Face: HF_TOKEN)"
 )
+INSTALL = {
+    "s3": "'longhaul[s3]'",
+    "s3a": "'longhaul[s3]'",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "http": "aiohttp requests",
+    "https": "aiohttp requests",
+    "hf": "huggingface_hub",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+}
 # in the name of a driver's option or of a parameter in a query
 SECRET = re.compile(
     r"secret|token|passw|pwd|credential|signature|authorization|connection_string|key($|[^a-z]|id)|"
@@ -41,6 +54,13 @@ def secret_options(options: dict[str, Any]) -> list[str]:
     """The options that hold a credential by their names, a.b for b of a."""
     harmless = (None, True, False, *NO_SECRETS)
     return sorted(key for key, value in leaves(options) if SECRET.search(key) and value not in harmless)
+
+
+def missing_driver(url: str, error: ImportError) -> str:
+    """What to say where the package that reads such URLs is not there."""
+    protocol = url.partition("://")[0]
+    install = INSTALL.get(protocol, "the package that it names")
+    return f"the driver for {protocol}:// is not installed ({error}); install it with: pip install {install}"
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -211,12 +211,38 @@ def test_refusals_of_urls(memory, monkeypatch):
         text_source(f"{url}/folder")
     with pytest.raises(SourceError, match=r"nosuch://b/a cannot be listed: ValueError: Protocol not known"):
         text_source("nosuch://b/a")
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(SourceError, match=r"gs://b/a: no driver for gs:// .*; pip install gcsfs"):
-        text_source("gs://b/a")
     monkeypatch.setattr(type(system), "info", lambda self, path: {"type": "file", "size": None})
     with pytest.raises(SourceError, match=r"its server does not say its size; fetch the file and name the local copy"):
         text_source(f"{url}/none.txt")
+
+
+def test_missing_drivers_are_named_with_what_to_install():
+    """In a process of its own, as fsspec remembers drivers that were there."""
+    urls = {
+        "gs://b/*.txt": "gcsfs",
+        "gcs://b/a": "gcsfs",
+        "hf://datasets/a/b/*": "huggingface_hub",
+        "az://a/b": "adlfs",
+        "s3://b/*": "'longhaul[s3]'",
+        "https://h/a": "aiohttp requests",
+        "oci://b/a": "the package that it names",
+    }
+    script = f"""
+import sys
+sys.modules |= dict.fromkeys(["gcsfs", "huggingface_hub", "adlfs", "s3fs", "aiohttp", "ocifs"])
+from data.sources import Limits, SourceError, TextConfig, open_source
+for url in {list(urls)}:
+    try:
+        open_source(TextConfig(paths=[url]), Limits())
+    except SourceError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.stderr == ""
+    for line, (url, install) in zip(done.stdout.splitlines(), urls.items(), strict=True):
+        protocol = url.partition("://")[0]
+        assert line.startswith(f"source 'text': {url}: the driver for {protocol}:// is not installed ("), line
+        assert line.endswith(f"); install it with: pip install {install}")
 
 
 def test_what_a_driver_says_of_another_address_is_not_shown_whole(memory, monkeypatch):

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,7 +43,7 @@ from model.init import initial_values
 from model.transformer import Transformer
 from parallel import device
 from parallel.checkpoint import CheckpointError, CheckpointReader, Manifest, ZeroMoments, committed_steps, newest_good
-from parallel.checkpoint import save as save_checkpoint
+from parallel.checkpoint_writer import CheckpointWriter, Outcome
 from parallel.deepspeed_config import check_passthrough, deepspeed_config
 from parallel.engine import Engine, UpdateResult, parallelize
 from parallel.mesh import LaunchError, Mesh, Place, build_mesh, check_device, close_mesh, place_from_environment
@@ -51,6 +51,7 @@ from parallel.optim import lr_at
 
 log = logging.getLogger("longhaul")
 
+CLOSE_S = 60.0  # for the save under way when a run breaks; another rank may be gone that it waits for
 STOPPED = 75  # EX_TEMPFAIL: saved and not finished; whoever started it may start it again
 
 
@@ -60,6 +61,7 @@ class Progress:
 
     step: int = 0  # optimizer steps, skipped updates included
     tokens: int = 0  # targets trained on
+    train_s: float = 0.0  # seconds of steps
     skipped: int = 0  # updates left out because gradients were not finite
     skipped_in_a_row: int = 0
 
@@ -98,20 +100,21 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag) -> int:
     metrics = MetricsLog(cfg.run_dir, progress.step) if mesh.rank == 0 else None
     if mesh.rank == 0:
         announce(cfg, mesh, ledger, metrics, start, progress, data, loader)
+    writer = CheckpointWriter(
+        cfg.run_dir / "checkpoints", mesh, cfg.checkpoint, lambda outcome: tell_saved(outcome, mesh, ledger), reads.sync
+    )
     may_end = cfg.data.stream is not None and cfg.data.stream.epochs is not None
-    clock, overall, stopped_by, saved_step, valid = Clock(), Clock(), 0, progress.step, {}
+    clock, overall, stopped_by, valid, failed_saves, retry_step = Clock(), Clock(), 0, {}, 0, 0
     try:
         if progress.step >= cfg.train.steps:  # killed before it could tell its end, or told to end where it stands
             shares = data.shares(loader.cursor()["samples"] - cfg.global_batch_size)
             valid = evaluate(cfg, engine, data.valid, shares, metrics, progress.step)
             write_samples(cfg, engine, data.tokenizer, metrics, progress.step)
         while progress.step < cfg.train.steps and not stopped_by:
-            vote = mesh.agree_max(stop.signal_number)  # travels while the step computes
+            vote = mesh.agree_max(stop.signal_number, writer.failures)  # travels while the step computes
             began = time.perf_counter()
             if may_end and mesh.agree_max(int(loader.at_end())).result():
-                if saved_step != progress.step:
-                    save(cfg, engine, loader, reads, progress, ledger, metrics)
-                    saved_step = progress.step
+                save_and_wait(cfg, engine, loader, progress, writer, metrics)
                 raise StreamEnd(end_of_stream(cfg, progress))
             batch = next(loader)
             clock.data_wait_s += time.perf_counter() - began
@@ -122,9 +125,10 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag) -> int:
             progress.step += 1
             note_skipped(cfg, progress, stats, batch, loader, mesh)
             progress.tokens += n_targets
+            progress.train_s += time.perf_counter() - began
             for c in (clock, overall):
                 c.add(time.perf_counter() - began, n_targets)
-            stopped_by = vote.result()  # every rank leaves at the same step
+            stopped_by, failures = vote.result()  # every rank leaves at the same step
             last = progress.step == cfg.train.steps
             if due(progress.step, cfg.log.every) or last:
                 log_step(cfg, mesh, metrics, progress, stats, n_targets, clock)
@@ -135,19 +139,25 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag) -> int:
                 shares = data.shares(batch.span[0])
                 valid = evaluate(cfg, engine, data.valid, shares, metrics, progress.step)
                 write_samples(cfg, engine, data.tokenizer, metrics, progress.step)
-            if due(progress.step, cfg.checkpoint.every) or last or stopped_by:
-                save(cfg, engine, loader, reads, progress, ledger, metrics)
-                saved_step = progress.step
+            if failures > failed_saves:
+                failed_saves, retry_step = failures, progress.step + cfg.checkpoint.retry_every
+                check_finite(writer)
+            if last or stopped_by:
+                save_and_wait(cfg, engine, loader, progress, writer, metrics)
+            elif due(progress.step, cfg.checkpoint.every) or progress.step == retry_step:
+                save(cfg, engine, loader, progress, writer, metrics)
             if overall.steps == 1:
                 gc.collect()
                 gc.freeze()  # what lives now lives to the end; collections need not look at it again
     except BaseException as error:
         if mesh.rank == 0:
             ledger.add(
-                "failed", step=progress.step, saved_step=saved_step, error=f"{type(error).__name__}: {error}"[:500]
-            )
+                "failed", step=progress.step, saved_step=writer.committed_step,
+                error=f"{type(error).__name__}: {error}"[:500],
+            )  # fmt: skip
         raise
     finally:
+        writer.wait(CLOSE_S)
         loader.close()
         reads.close()
         if metrics is not None:
@@ -207,6 +217,7 @@ def configure_logging(cfg: RunConfig, mesh: Mesh, ledger: Ledger) -> int:
     console.setLevel(logging.INFO if mesh.rank == 0 else logging.WARNING)
     file = logging.FileHandler(folder / f"start-{start:04d}-rank-{mesh.rank:05d}.log", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.raiseExceptions = False  # a log file on a full disk is no reason to end, nor for a traceback a line
     root = logging.getLogger()
     root.handlers[:] = [console, file]
     root.setLevel(logging.INFO)
@@ -374,14 +385,11 @@ def save(
     cfg: RunConfig,
     engine: Engine,
     loader: AnyLoader,
-    reads: ReadLog,
     progress: Progress,
-    ledger: Ledger,
+    writer: CheckpointWriter,
     metrics: MetricsLog | None,
 ) -> None:
-    """Write a checkpoint, all ranks together, and say what it cost."""
-    began = time.perf_counter()
-    reads.sync()
+    """Begin to write a checkpoint, all ranks together; what the step waits for is a copy in host memory."""
     manifest = Manifest(
         step=progress.step,
         adam_steps=engine.adam_steps,
@@ -392,19 +400,60 @@ def save(
         cursor=loader.merge_cursors(engine.mesh.gather(loader.cursor())),
         config=cfg.model_dump(mode="json"),
         loss_scaler=engine.loss_scaler_state(),
-        totals={
-            "tokens": progress.tokens,
-            "skipped": progress.skipped,
-            "skipped_in_a_row": progress.skipped_in_a_row,
-        },
+        totals={key: value for key, value in asdict(progress).items() if key != "step"},
         versions={name: version(name) for name in ("torch", "deepspeed", "longhaul")},
     )
-    path = save_checkpoint(cfg.run_dir / "checkpoints", engine, manifest, cfg.checkpoint.keep)
-    stall_s = time.perf_counter() - began
+    stall_s = writer.save(engine, manifest)
     if metrics is not None:
-        ledger.add("checkpoint", step=progress.step, stall_s=round(stall_s, 3), path=str(path))
         metrics.write(progress.step, {"speed/checkpoint_stall_s": stall_s})
-        log.info("step %d  saved %s in %.2f s", progress.step, path, stall_s)
+
+
+def save_and_wait(
+    cfg: RunConfig,
+    engine: Engine,
+    loader: AnyLoader,
+    progress: Progress,
+    writer: CheckpointWriter,
+    metrics: MetricsLog | None,
+) -> None:
+    """The checkpoint with which a start ends. Raises CheckpointError when it cannot be written."""
+    if writer.wait() is None or writer.committed_step != progress.step:
+        save(cfg, engine, loader, progress, writer, metrics)
+    outcome = writer.wait()
+    check_finite(writer)
+    if outcome is not None and outcome.error is not None:
+        raise CheckpointError(
+            f"the last checkpoint of this start, of step {progress.step}, could not be written: {outcome.error}. The run "
+            f"goes on from step {writer.committed_step} when it is started again"
+        )
+
+
+def check_finite(writer: CheckpointWriter) -> None:
+    """Raise FloatingPointError where a save found broken weights: no step after it can mend them."""
+    outcome = writer.wait()
+    if outcome is not None and outcome.not_finite:
+        raise FloatingPointError(
+            f"step {outcome.step} was not saved: {outcome.error}. The run goes on from step {writer.committed_step} when it "
+            "is started again; with the same data and settings it comes here again"
+        )
+
+
+def tell_saved(outcome: Outcome, mesh: Mesh, ledger: Ledger) -> None:
+    """Called in the writer's thread on every rank."""
+    if mesh.rank != 0:
+        return
+    if outcome.error is not None:
+        ledger.add("checkpoint_failed", step=outcome.step, error=outcome.error[:500])
+        log.error("step %d could NOT be saved, training goes on: %s", outcome.step, outcome.error)
+        return
+    ledger.add(
+        "checkpoint",
+        step=outcome.step,
+        write_s=round(outcome.write_s, 3),
+        bytes=outcome.n_bytes,
+        path=str(outcome.path),
+    )
+    log.info("step %d  saved %s in %.2f s", outcome.step, outcome.path, outcome.write_s)
 
 
 def conclude(

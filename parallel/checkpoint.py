@@ -5,8 +5,9 @@
     checkpoints/latest                                 the name of the newest committed folder; a hint, never trusted alone
 
 A tensor in a file is named `KIND:PARAMETER:START`: elements START.. of the flattened parameter, fp32, one-dimensional.
-A folder is written as `step-N.staging`, synced, hashed, listed by the manifest and then renamed: a folder with its final
-name is whole. Whoever reads it asks for element ranges, so the world size and ZeRO stage that wrote it do not matter.
+parallel/checkpoint_writer.py writes a folder as `step-N.staging`, syncs, hashes and lists it and then renames it: a folder
+with its final name is whole. Whoever reads it asks for element ranges, so the world size and ZeRO stage that wrote it do
+not matter.
 """
 
 import bisect
@@ -14,25 +15,25 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
 import xxhash
-from safetensors.torch import save_file
 from torch import Tensor
 
-from parallel.engine import KINDS, Engine, Fragment
-from parallel.mesh import Mesh
+from parallel.state import KINDS
+
+if TYPE_CHECKING:
+    from parallel.mesh import Mesh  # which costs DeepSpeed; reading a checkpoint does not need it
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-_STEP_NAME = re.compile(r"step-(\d{8,})")
+STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(RuntimeError):
@@ -57,87 +58,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
 
-# -- writing ------------------------------------------------------------------------------------------------------------
-
-
-def save(folder: Path, engine: Engine, manifest: Manifest, keep: int) -> Path:
-    """Write `manifest.step` under `folder`, all ranks together; returns the committed path on every rank.
-
-    Raises CheckpointError on every rank when any of them could not write; the staging folder is removed then.
-    """
-    mesh = engine.mesh
-    final = folder / f"step-{manifest.step:08d}"
-    staging = folder / f"{final.name}.staging"
-    _together(mesh, "preparing", lambda: _prepare_staging(staging) if mesh.rank == 0 else None)
-    try:
-        entries = _together(mesh, "writing", lambda: _write_shard(staging, mesh.rank, engine.owned_fragments()))
-        manifest = Manifest(**{**asdict(manifest), "files": dict(entry for entry in entries if entry)})
-        _together(mesh, "committing", lambda: _commit(staging, final, manifest) if mesh.rank == 0 else None)
-    except CheckpointError:
-        if mesh.rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
-    if mesh.rank == 0 and keep:
-        _retire(folder, keep)
-    return final
-
-
-def _together(mesh: Mesh, doing: str, work: Any) -> list[Any]:
-    """Run `work` on this rank and gather what every rank got; a failure of one is a CheckpointError on all."""
-    try:
-        outcome = (True, work())
-    except OSError as error:
-        outcome = (False, f"{type(error).__name__}: {error}")
-    outcomes = mesh.gather(outcome)
-    failed = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
-    if failed:
-        raise CheckpointError(f"{doing} the checkpoint failed on {len(failed)} of {mesh.world_size} ranks; {failed[0]}")
-    return [value for _, value in outcomes]
-
-
-def _prepare_staging(staging: Path) -> None:
-    if staging.exists():
-        shutil.rmtree(staging)  # left by a save that was killed
-    staging.mkdir(parents=True)
-
-
-def _write_shard(staging: Path, rank: int, fragments: list[Fragment]) -> tuple[str, dict[str, Any]]:
-    path = staging / f"rank-{rank:05d}.safetensors"
-    tensors = {
-        f"{f.kind}:{f.name}:{f.start}": f.tensor.detach().to("cpu", torch.float32).contiguous() for f in fragments
-    }
-    try:
-        save_file(tensors, path)
-    except safetensors.SafetensorError as error:  # its wrapper for "No space left on device" and the like
-        raise OSError(f"{path}: {error}") from error
-    _sync(path)
-    return path.name, {"bytes": path.stat().st_size, "xxh3": file_hash(path)}
-
-
-def _commit(staging: Path, final: Path, manifest: Manifest) -> None:
-    body = asdict(manifest)
-    write_synced(staging / "manifest.json", json.dumps({**body, "xxh3": _body_hash(body)}, indent=1) + "\n")
-    _sync(staging)
-    replaced = None
-    if final.exists():  # the same step, from before the run went back behind it
-        replaced = _free_name(final.with_name(final.name + ".replaced"))
-        os.rename(final, replaced)
-    os.rename(staging, final)
-    _sync(final.parent)
-    if replaced is not None:
-        shutil.rmtree(replaced)
-    write_synced(final.parent / "latest", final.name + "\n")
-
-
-def _retire(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` committed checkpoints, the manifest first so that half of one is not one."""
-    for step in committed_steps(folder)[:-keep]:
-        old = folder / f"step-{step:08d}"
-        try:
-            (old / "manifest.json").unlink()
-            shutil.rmtree(old)
-        except OSError as error:
-            log.warning("cannot remove the old checkpoint %s: %s", old, error)
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -148,10 +69,10 @@ def write_synced(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(staging, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -159,7 +80,17 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _body_hash(body: dict[str, Any]) -> str:
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """What manifest.json says, with its own hash."""
+    body = asdict(manifest)
+    return json.dumps({**body, "xxh3": body_hash(body)}, indent=1) + "\n"
+
+
+def body_hash(body: dict[str, Any]) -> str:
     """xxh3-128 of what a manifest says, whatever its layout as text."""
     return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
 
@@ -245,10 +176,10 @@ def read_manifest(path: Path) -> Manifest:
             raise CheckpointError(
                 f"{file}: format version {raw.get('format_version')!r}, this program reads {FORMAT_VERSION}"
             )
-        if raw.pop("xxh3", None) != _body_hash(raw):
+        if raw.pop("xxh3", None) != body_hash(raw):
             raise CheckpointError(f"{file} does not say what was written: its own xxh3 differs")
         manifest = Manifest(**raw)
-        if path.name.split(".")[0] != f"step-{manifest.step:08d}":
+        if path.name.split(".")[0] != folder_name(manifest.step):
             raise CheckpointError(f"{file} is of step {manifest.step}, its folder is {path.name}")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: {type(error).__name__}: {error}") from error
@@ -282,11 +213,11 @@ def committed_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints that have their final name and a manifest, ascending."""
     if not folder.is_dir():
         return []
-    found = [(_STEP_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir()]
+    found = [(STEP_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir()]
     return sorted(int(match[1]) for match, entry in found if match and (entry / "manifest.json").is_file())
 
 
-def newest_good(folder: Path, mesh: Mesh) -> CheckpointReader | None:
+def newest_good(folder: Path, mesh: "Mesh") -> CheckpointReader | None:
     """The newest checkpoint whose every file has its size and hash, verified by all ranks together; None if there is none.
 
     A damaged one is named, set aside as `step-N.damaged`, and the one before it is tried. Raises CheckpointError when
@@ -297,14 +228,14 @@ def newest_good(folder: Path, mesh: Mesh) -> CheckpointReader | None:
         _warn_if_latest_differs(folder, steps)
     damaged = mesh.broadcast(_damaged(folder) if mesh.rank == 0 else None)
     for step in reversed(steps):
-        path = folder / f"step-{step:08d}"
+        path = folder / folder_name(step)
         wrong = [text for texts in mesh.gather(faults(path, mesh.rank, mesh.world_size)) for text in texts]
         if not wrong:
             return CheckpointReader(path)
         damaged.append(path.name)
         if mesh.rank == 0:
             log.warning("checkpoint %s is damaged and set aside: %s", path, wrong[0])
-            os.rename(path, _free_name(path.with_name(path.name + ".damaged")))
+            os.rename(path, free_name(path.with_name(path.name + ".damaged")))
         mesh.barrier()
     if damaged:
         raise CheckpointError(
@@ -321,17 +252,17 @@ def _damaged(folder: Path) -> list[str]:
     return [
         entry.name
         for entry in folder.iterdir()
-        if ".damaged" in entry.name or (_STEP_NAME.fullmatch(entry.name) and not (entry / "manifest.json").is_file())
+        if ".damaged" in entry.name or (STEP_NAME.fullmatch(entry.name) and not (entry / "manifest.json").is_file())
     ]
 
 
-def _free_name(path: Path) -> Path:
+def free_name(path: Path) -> Path:
     return next(p for p in [path, *(Path(f"{path}.{i}") for i in range(1, 1000))] if not p.exists())
 
 
 def _warn_if_latest_differs(folder: Path, steps: list[int]) -> None:
     """`latest` is for people and other tools; what counts is found by looking at the folders."""
-    newest = f"step-{steps[-1]:08d}" if steps else None
+    newest = folder_name(steps[-1]) if steps else None
     try:
         named = (folder / "latest").read_text(encoding="utf-8").strip() if steps else None
     except (OSError, ValueError) as error:

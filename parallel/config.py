@@ -1,6 +1,6 @@
 """The `parallel`, `optim` and `checkpoint` sections of a recipe. Importing them costs neither torch nor DeepSpeed."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -120,4 +120,17 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """When checkpoints are written and how many stay."""
 
     every: PositiveInt = 1000  # optimizer steps between saves; one more is written when a run ends or is stopped
+    retry_every: PositiveInt = 50  # after a save that failed: steps to the next try, where that is sooner
     keep: NonNegativeInt = 3  # newest checkpoints that stay; 0 keeps all
+    keep_every: PositiveInt | None = None  # besides: those of steps that this divides
+    # besides: the first of each so many hours of training, evaluation and stops not counted
+    keep_every_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _something_is_retired(self) -> Self:
+        if not self.keep and (self.keep_every is not None or self.keep_every_hours is not None):
+            raise ValueError(
+                f"keep=0 keeps all, so that keep_every={self.keep_every} and keep_every_hours={self.keep_every_hours} have "
+                "no effect; leave them out, or set keep to the number of newest checkpoints that stay"
+            )
+        return self

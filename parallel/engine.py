@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import deepspeed
 import torch
@@ -21,27 +21,9 @@ from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
 from parallel.optim import OptimConfig, build_adamw
 from parallel.recompute import apply_recompute
+from parallel.state import EXP_AVG, EXP_AVG_SQ, WEIGHT, Fragment, StateSource
 
 log = logging.getLogger(__name__)
-
-WEIGHT, EXP_AVG, EXP_AVG_SQ = KINDS = ("weight", "exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """The part of one parameter's state that this rank holds: `tensor` is a 1-D fp32 view of the live memory."""
-
-    name: str  # the parameter's name
-    kind: str  # one of KINDS: the fp32 master weight and AdamW's two moments
-    start: int  # place of the first element in the flattened parameter
-    tensor: Tensor
-
-
-class StateSource(Protocol):
-    """Where `Engine.load_state` gets values from."""
-
-    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened parameter, 1-D, fp32."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -102,13 +102,21 @@ def first_host(nodelist: str) -> str:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a running job. `control` is a gloo group on host memory: agreeing costs the accelerator nothing."""
+    """The ranks of a running job. `control` is a gloo group on host memory: agreeing costs the accelerator nothing.
+
+    `background` is another, for a thread beside the training: collectives of one group must come in one order.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
     control: Any  # torch.distributed.ProcessGroup
+    background: Any
+
+    def in_background(self) -> "Mesh":
+        """The same ranks, agreeing over the background group."""
+        return replace(self, control=self.background)
 
     @property
     def dp_rank(self) -> int:
@@ -118,9 +126,9 @@ class Mesh:
     def dp_size(self) -> int:
         return self.world_size
 
-    def agree_max(self, value: int) -> "Agreement":
-        """Start agreeing on the largest `value` over all ranks; `.result()` waits for it."""
-        tensor = torch.tensor([value], dtype=torch.int64)
+    def agree_max(self, *values: int) -> "Agreement":
+        """Start agreeing on the largest of each value over all ranks; `.result()` waits for them."""
+        tensor = torch.tensor(values, dtype=torch.int64)
         return Agreement(tensor, dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control, async_op=True))
 
     def sum(self, values: list[float]) -> list[float]:
@@ -150,9 +158,9 @@ class Agreement:
     tensor: torch.Tensor
     work: Any
 
-    def result(self) -> int:
+    def result(self) -> list[int]:
         self.work.wait()
-        return int(self.tensor.item())
+        return self.tensor.tolist()
 
 
 def build_mesh(place: Place, timeout_s: int) -> Mesh:
@@ -176,8 +184,8 @@ def build_mesh(place: Place, timeout_s: int) -> Mesh:
     # An all-reduce for inference on CPUs, compiled for a minute at first use; nothing here calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout)
-    control = dist.new_group(backend="gloo", timeout=timeout)
-    return Mesh(place.rank, place.world_size, place.local_rank, device, control)
+    control, background = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    return Mesh(place.rank, place.world_size, place.local_rank, device, control, background)
 
 
 def check_device(precision: str) -> None:

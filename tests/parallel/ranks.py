@@ -16,11 +16,13 @@ from launcher.pretrain import leave, train_step
 from model.config import ModelConfig
 from model.init import initial_values
 from model.transformer import Transformer
-from parallel.checkpoint import ZeroMoments
-from parallel.config import OptimConfig, ParallelConfig
+from parallel.checkpoint import Manifest, ZeroMoments
+from parallel.checkpoint_writer import CheckpointWriter
+from parallel.config import CheckpointConfig, OptimConfig, ParallelConfig
 from parallel.deepspeed_config import deepspeed_config
 from parallel.engine import Engine, parallelize
 from parallel.mesh import Mesh, Place, build_mesh, close_mesh
+from parallel.state import KINDS, Fragment
 
 # Small, but with what could go wrong: tied weights, grouped heads, vectors that do not divide, parameters both under and
 # over ZeRO 3's threshold for keeping them whole (100,000 elements), biases, which ZeRO 3 adds in place.
@@ -70,10 +72,10 @@ def build(mesh: Mesh, cfg: ParallelConfig, model: ModelConfig = MODEL, accum: in
     return engine
 
 
-def batch_of(mesh: Mesh, step: int, accum: int = ACCUM) -> StepBatch:
+def batch_of(mesh: Mesh, step: int, accum: int = ACCUM, vocab_size: int = MODEL.vocab_size) -> StepBatch:
     """This rank's part of a step's batch; the step's samples do not depend on the number of ranks."""
     g = torch.Generator().manual_seed(step)
-    windows = torch.randint(0, MODEL.vocab_size, (BATCH, MODEL.seq_len + 1), generator=g)
+    windows = torch.randint(0, vocab_size, (BATCH, MODEL.seq_len + 1), generator=g)
     windows = windows.view(accum, mesh.dp_size, -1, MODEL.seq_len + 1)[:, mesh.dp_rank]
     samples = np.arange(BATCH).reshape(accum, mesh.dp_size, -1)[:, mesh.dp_rank]
     targets = windows[..., 1:].clone()
@@ -83,12 +85,14 @@ def batch_of(mesh: Mesh, step: int, accum: int = ACCUM) -> StepBatch:
     return StepBatch(tokens, targets.contiguous(), None, samples, (0, BATCH), counted, digest=0)
 
 
-def run_steps(engine: Engine, steps: range, accum: int = ACCUM) -> list[tuple[float, float, bool]]:
+def run_steps(
+    engine: Engine, steps: range, accum: int = ACCUM, vocab_size: int = MODEL.vocab_size
+) -> list[tuple[float, float, bool]]:
     """(loss, gradient norm, skipped) of each step."""
     results = []
     for step in steps:
         torch.manual_seed(step * 10 + engine.mesh.dp_rank)
-        batch = batch_of(engine.mesh, step, accum)
+        batch = batch_of(engine.mesh, step, accum, vocab_size)
         stats = train_step(engine, batch, batch.n_targets, OPTIM.lr)
         loss = engine.mesh.sum([sum(x.item() for x in stats.losses)])[0] / batch.n_targets
         results.append((loss, stats.update.grad_norm, stats.update.skipped))
@@ -107,3 +111,49 @@ def whole_state(engine: Engine) -> dict[tuple[str, str], torch.Tensor]:
             tensor[start : start + len(values)] = values
     assert not any(tensor.isnan().any() for tensor in whole.values()), "no rank owns some part"
     return whole
+
+
+def manifest_of(engine: Engine, step: int, **more: Any) -> Manifest:
+    shapes = {name: list(shape) for name, shape in engine.shapes.items()}
+    return Manifest(step, engine.adam_steps, engine.mesh.world_size, engine.zero_stage, shapes, {}, {}, {}, **more)
+
+
+def save(folder: Path, engine: Engine, step: int) -> None:
+    """Write a checkpoint and wait for it; none is retired."""
+    writer = CheckpointWriter(folder, engine.mesh, CheckpointConfig(keep=0))
+    writer.save(engine, manifest_of(engine, step))
+    outcome = writer.wait()
+    assert outcome is not None
+    assert outcome.error is None, outcome.error
+
+
+class Alone:
+    """What checkpoints need of a mesh, in one process without a process group."""
+
+    rank, world_size = 0, 1
+
+    def in_background(self) -> "Alone":
+        return self
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def barrier(self) -> None:
+        pass
+
+
+class LoneEngine:
+    """What a save needs of an engine: one parameter of four elements."""
+
+    mesh = Alone()
+    shapes = {"w": (4,)}
+    zero_stage, adam_steps = 1, 1
+
+    def __init__(self) -> None:
+        self.state = {kind: torch.arange(4.0) for kind in KINDS}
+
+    def owned_fragments(self) -> list[Fragment]:
+        return [Fragment("w", kind, 0, tensor) for kind, tensor in self.state.items()]

@@ -11,23 +11,16 @@ import torch
 from parallel.checkpoint import (
     CheckpointError,
     CheckpointReader,
-    Manifest,
-    _body_hash,
+    body_hash,
     committed_steps,
     faults,
     newest_good,
-    save,
 )
 from parallel.config import ParallelConfig
-from parallel.engine import KINDS, Fragment
-from ranks import build, run_ranks, run_steps, whole_state
+from parallel.state import KINDS
+from ranks import Alone, build, run_ranks, run_steps, save, whole_state
 
 TOPOLOGIES = [(stage, ranks) for ranks in (1, 2) for stage in (0, 1, 2, 3)]
-
-
-def manifest_of(engine, step, **more):
-    shapes = {name: list(shape) for name, shape in engine.shapes.items()}
-    return Manifest(step, engine.adam_steps, engine.mesh.world_size, engine.zero_stage, shapes, {}, {}, {}, **more)
 
 
 def write_each_stage(mesh, folder, stages):
@@ -36,7 +29,7 @@ def write_each_stage(mesh, folder, stages):
     for stage in stages:
         engine = build(mesh, ParallelConfig(zero_stage=stage, precision="fp32"))
         run_steps(engine, range(2))
-        save(folder / f"z{stage}w{mesh.world_size}", engine, manifest_of(engine, 2), keep=0)
+        save(folder / f"z{stage}w{mesh.world_size}", engine, 2)
         results[stage] = whole_state(engine), run_steps(engine, range(2, 4))
         engine.close()
     return results
@@ -95,7 +88,7 @@ def two_checkpoints(mesh, folder):
     engine = build(mesh, ParallelConfig(zero_stage=1))
     for step in (1, 2):
         run_steps(engine, range(step - 1, step))
-        save(folder, engine, manifest_of(engine, step), keep=0)
+        save(folder, engine, step)
 
 
 @pytest.fixture(scope="module")
@@ -117,23 +110,8 @@ def edit(folder, rehash=False, **changes):
     manifest = {**json.loads(path.read_text()), **changes}
     if rehash:
         manifest.pop("xxh3")
-        manifest["xxh3"] = _body_hash(manifest)
+        manifest["xxh3"] = body_hash(manifest)
     path.write_text(json.dumps(manifest))
-
-
-class Alone:
-    """What newest_good needs of a mesh, in one process."""
-
-    rank, world_size = 0, 1
-
-    def gather(self, value):
-        return [value]
-
-    def broadcast(self, value):
-        return value
-
-    def barrier(self):
-        pass
 
 
 def test_a_good_checkpoint_has_no_faults(checkpoints):
@@ -257,43 +235,6 @@ def test_a_missing_range_is_named(checkpoints):
     reader = CheckpointReader(checkpoints / "step-00000002")
     with pytest.raises(CheckpointError, match="lacks elements 0 to 5 of the weight of nothing; it has none"):
         reader.read("nothing", "weight", 0, 5)
-
-
-class LoneEngine:
-    """What save needs of an engine."""
-
-    mesh = Alone()
-    shapes = {"w": (4,)}
-    zero_stage, adam_steps = 1, 1
-
-    def owned_fragments(self):
-        return [Fragment("w", kind, 0, torch.arange(4.0)) for kind in KINDS]
-
-
-def test_only_the_newest_are_kept(tmp_path):
-    for step in range(1, 6):
-        save(tmp_path, LoneEngine(), manifest_of(LoneEngine(), step), keep=2)
-    assert committed_steps(tmp_path) == [4, 5]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000004", "step-00000005"]
-
-
-def test_a_staging_folder_of_a_killed_save_is_replaced(tmp_path):
-    (tmp_path / "step-00000001.staging").mkdir()
-    (tmp_path / "step-00000001.staging/rank-00009.safetensors").write_text("half")
-    save(tmp_path, LoneEngine(), manifest_of(LoneEngine(), 1), keep=2)
-    assert sorted(p.name for p in (tmp_path / "step-00000001").iterdir()) == ["manifest.json", "rank-00000.safetensors"]
-
-
-def test_a_write_that_fails_leaves_nothing_and_says_which_rank(tmp_path, monkeypatch):
-    save(tmp_path, LoneEngine(), manifest_of(LoneEngine(), 1), keep=2)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("parallel.checkpoint.save_file", full)
-    with pytest.raises(CheckpointError, match="writing the checkpoint failed on 1 of 1 ranks; rank 0: .*No space left"):
-        save(tmp_path, LoneEngine(), manifest_of(LoneEngine(), 2), keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
 
 
 def test_nothing_in_a_checkpoint_is_pickled(checkpoints):

@@ -1,0 +1,228 @@
+"""Writing checkpoints beside the training: the step waits for a copy in host memory, a thread does the rest.
+
+The thread of every rank writes that rank's file; the threads agree among themselves, over a process group of their own,
+and rank 0's commits what all of them have written (the format: parallel/checkpoint.py). Nothing that goes wrong with a
+disk ends the training: the staging folder is removed, every rank learns of it alike, and the run tries again later.
+"""
+
+import errno
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+
+from parallel.checkpoint import (
+    Manifest,
+    committed_steps,
+    file_hash,
+    folder_name,
+    free_name,
+    manifest_text,
+    sync,
+    write_synced,
+)
+from parallel.config import CheckpointConfig
+from parallel.engine import Engine
+from parallel.mesh import Mesh
+from parallel.retention import retire
+from parallel.state import Fragment
+
+log = logging.getLogger(__name__)
+
+SPARE_BYTES = 64 * 2**20  # beyond a checkpoint's own size, for manifest, logs and metrics
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended; the same on every rank."""
+
+    step: int
+    path: Path
+    n_bytes: int  # of all ranks together
+    write_s: float  # of the thread, from the copy to the commit
+    error: str | None = None  # None: committed
+    not_finite: bool = False  # the weights or moments are broken, not the disk
+
+
+class SaveFailed(Exception):
+    """A save that some rank could not do its part of; the text is the same on every rank."""
+
+    def __init__(self, text: str, not_finite: bool = False) -> None:
+        super().__init__(text)
+        self.not_finite = not_finite
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time under `folder`. All ranks make the same calls.
+
+    on_done: called in the thread, on every rank, when a save has ended.    before_commit: called in it on every rank,
+    before it writes and again before the commit; raises OSError where this job must not write, or cannot.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        mesh: Mesh,
+        cfg: CheckpointConfig,
+        on_done: Callable[[Outcome], None] = lambda outcome: None,
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder, self.cfg = folder, cfg
+        self.committed_step = max(committed_steps(folder), default=0)
+        self.failures = 0  # saves that have failed so far, as far as this rank knows
+        self._mesh, self._on_done, self._before_commit = mesh.in_background(), on_done, before_commit
+        self._copy: dict[str, torch.Tensor] = {}  # kept between saves: new memory costs more than the copy
+        self._thread: threading.Thread | None = None
+        self._outcome: Outcome | None = None
+
+    def save(self, engine: Engine, manifest: Manifest) -> float:
+        """Begin to write `manifest.step`, after the last save has ended. Returns the seconds that training waited."""
+        began = time.perf_counter()
+        self.wait()
+        copied = self._snapshot(engine.owned_fragments())
+        self._thread = threading.Thread(
+            target=self._run, args=(manifest, copied), name="checkpoint-writer", daemon=True
+        )
+        self._thread.start()
+        return time.perf_counter() - began
+
+    def wait(self, timeout_s: float | None = None) -> Outcome | None:
+        """Wait until the save under way has ended, if there is one. Returns the outcome of the last save."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return self._outcome
+
+    def _snapshot(self, fragments: list[Fragment]) -> dict[str, torch.Tensor]:
+        """Copies on the host, by name in the file; (n,) fp32 each."""
+        pinned, copied = torch.accelerator.is_available(), {}
+        for f in fragments:
+            name = f"{f.kind}:{f.name}:{f.start}"
+            room = self._copy.get(name)
+            if room is None or room.shape != f.tensor.shape:
+                room = torch.empty(f.tensor.shape, dtype=torch.float32, pin_memory=pinned)
+            copied[name] = room.copy_(f.tensor.detach(), non_blocking=True)
+        if pinned:
+            torch.accelerator.synchronize()
+        self._copy = copied
+        return copied
+
+    # -- in the thread ---------------------------------------------------------------------------------------------
+
+    def _run(self, manifest: Manifest, copied: dict[str, torch.Tensor]) -> None:
+        began = time.perf_counter()
+        path, n_bytes, error, not_finite = self.folder / folder_name(manifest.step), 0, None, False
+        try:
+            n_bytes = self._write(manifest, copied, path)
+        except SaveFailed as failed:
+            error, not_finite = str(failed), failed.not_finite
+        except Exception as broken:  # a peer that is gone, above all: the training will meet it, too
+            error = f"{type(broken).__name__}: {broken}"
+            log.exception("the thread that writes checkpoints broke")
+        self._outcome = Outcome(manifest.step, path, n_bytes, time.perf_counter() - began, error, not_finite)
+        if error is None:
+            self.committed_step = manifest.step
+        else:
+            self.failures += 1
+        self._on_done(self._outcome)
+
+    def _write(self, manifest: Manifest, copied: dict[str, torch.Tensor], final: Path) -> int:
+        first = self._mesh.rank == 0
+        staging = final.with_name(final.name + ".staging")
+        n_bytes = sum(self._together("looking at", lambda: _finite_bytes(copied)))
+        try:
+            self._together("preparing", lambda: self._prepare(staging, n_bytes))
+            entries = self._together("writing", lambda: self._write_shard(staging, copied))
+            whole = Manifest(**{**asdict(manifest), "files": dict(entries)})
+            self._together("committing", lambda: self._commit(staging, final, whole) if first else None)
+        except SaveFailed:
+            if first:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        if first:
+            retire(self.folder, self.cfg)
+        return n_bytes
+
+    def _together(self, doing: str, work: Callable[[], Any]) -> list[Any]:
+        """Run `work` on this rank and gather what every rank got; a failure of one is a SaveFailed on all."""
+        try:
+            outcome: tuple[Any, str | None, bool] = (work(), None, False)
+        except OSError as error:
+            outcome = (None, f"{type(error).__name__}: {error}", False)
+        except NotFinite as error:
+            outcome = (None, str(error), True)
+        outcomes = self._mesh.gather(outcome)
+        failed = [(rank, text) for rank, (_, text, _) in enumerate(outcomes) if text is not None]
+        if failed:
+            raise SaveFailed(
+                f"{doing} the checkpoint failed on {len(failed)} of {self._mesh.world_size} ranks; rank {failed[0][0]}: "
+                f"{failed[0][1]}",
+                not_finite=any(broken for *_, broken in outcomes),
+            )
+        return [value for value, *_ in outcomes]
+
+    def _prepare(self, staging: Path, n_bytes: int) -> None:
+        self._before_commit()
+        if self._mesh.rank != 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob("step-*.staging"):  # of saves that were killed
+            shutil.rmtree(leftover)
+        free = shutil.disk_usage(self.folder).free
+        if free < n_bytes + SPARE_BYTES:
+            raise OSError(
+                errno.ENOSPC,
+                f"{self.folder} has {free / 1e9:.3f} GB free, the checkpoint takes {n_bytes / 1e9:.3f} GB and "
+                f"{SPARE_BYTES / 1e9:.3f} GB are kept free; make room, or keep fewer with checkpoint.keep",
+            )
+        staging.mkdir()
+
+    def _write_shard(self, staging: Path, copied: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any]]:
+        written = _write_shard(staging, self._mesh.rank, copied)
+        self._before_commit()
+        return written
+
+    def _commit(self, staging: Path, final: Path, manifest: Manifest) -> None:
+        write_synced(staging / "manifest.json", manifest_text(manifest))
+        sync(staging)
+        replaced = None
+        if final.exists():  # the same step, from before the run went back behind it
+            replaced = free_name(final.with_name(final.name + ".replaced"))
+            os.rename(final, replaced)
+        os.rename(staging, final)
+        sync(final.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+        write_synced(final.parent / "latest", final.name + "\n")
+
+
+class NotFinite(Exception):
+    """State that holds NaN or infinity."""
+
+
+def _finite_bytes(copied: dict[str, torch.Tensor]) -> int:
+    """Bytes of a rank's state. Raises NotFinite, naming what is broken."""
+    for name, tensor in copied.items():
+        if not bool(torch.isfinite(tensor).all()):
+            kind, parameter, start = name.split(":", 1)[0], *name.split(":", 1)[1].rsplit(":", 1)
+            at = int(start) + int((~torch.isfinite(tensor)).nonzero()[0])
+            raise NotFinite(f"the {kind} of {parameter} is not finite at element {at}")
+    return sum(4 * tensor.numel() for tensor in copied.values())
+
+
+def _write_shard(staging: Path, rank: int, copied: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any]]:
+    path = staging / f"rank-{rank:05d}.safetensors"
+    try:
+        save_file(copied, path)
+    except safetensors.SafetensorError as error:  # its wrapper for "No space left on device" and the like
+        raise OSError(f"{path}: {error}") from error
+    sync(path)
+    return path.name, {"bytes": path.stat().st_size, "xxh3": file_hash(path)}

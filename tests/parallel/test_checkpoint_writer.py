@@ -1,0 +1,185 @@
+"""Writing beside the training: whole or absent, in the background, failures told alike on every rank and tried again."""
+
+import os
+import shutil
+import subprocess
+import threading
+import time
+
+import pytest
+
+import parallel.checkpoint_writer as module
+from parallel.checkpoint import CheckpointReader, committed_steps, faults
+from parallel.checkpoint_writer import CheckpointWriter
+from parallel.config import CheckpointConfig, ParallelConfig
+from parallel.retention import to_retire
+from parallel.state import KINDS
+from ranks import Alone, LoneEngine, build, manifest_of, run_ranks, run_steps
+
+
+class Runs:
+    """A writer in one process, and what it said."""
+
+    def __init__(self, folder, **cfg):
+        self.outcomes, self.engine = [], LoneEngine()
+        self.writer = CheckpointWriter(folder, Alone(), CheckpointConfig(**cfg), self.outcomes.append)
+
+    def save(self, step, **totals):
+        self.writer.save(self.engine, manifest_of(self.engine, step, totals=totals))
+        return self.writer.wait()
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    runs = Runs(tmp_path, keep=2)
+    for step in range(1, 6):
+        assert runs.save(step).error is None
+    assert names(tmp_path) == ["latest", "step-00000004", "step-00000005"]
+    assert [outcome.step for outcome in runs.outcomes] == [1, 2, 3, 4, 5]
+
+
+def test_some_are_kept_for_good(tmp_path):
+    runs = Runs(tmp_path, keep=1, keep_every=4, keep_every_hours=2.0)
+    for step in range(1, 10):
+        runs.save(step, train_s=step * 1800.0)
+    assert committed_steps(tmp_path) == [1, 4, 8, 9]  # 1, 4 and 8 begin two hours each; 4 and 8 also divide
+
+
+@pytest.mark.parametrize(
+    ("cfg", "retired"),
+    [
+        ({"keep": 0}, []),
+        ({"keep": 3}, [10, 20, 30]),
+        ({"keep": 9}, []),
+        ({"keep": 1, "keep_every": 20}, [10, 30, 50]),
+        ({"keep": 1, "keep_every_hours": 1.0}, [30, 40]),  # 10 and 50 are of unknown time: they stay
+    ],
+)
+def test_which_are_retired(cfg, retired):
+    train_s = {20: 5.0, 30: 10.0, 40: 3599.0, 60: 3600.0}
+    assert to_retire([10, 20, 30, 40, 50, 60], CheckpointConfig(**cfg), train_s) == retired
+
+
+def test_what_is_being_removed_is_no_checkpoint(tmp_path, monkeypatch):
+    """The manifest goes first, so that whatever stops the rest leaves nothing that looks whole."""
+    runs = Runs(tmp_path, keep=1)
+    runs.save(1)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    assert runs.save(2).error is None
+    assert committed_steps(tmp_path) == [2]
+    assert (tmp_path / "step-00000001").is_dir()
+
+
+def test_a_staging_folder_of_a_killed_save_is_removed(tmp_path):
+    for step in (1, 7):
+        (tmp_path / f"step-0000000{step}.staging").mkdir()
+        (tmp_path / f"step-0000000{step}.staging/rank-00009.safetensors").write_text("half")
+    assert Runs(tmp_path).save(1).error is None
+    assert names(tmp_path) == ["latest", "step-00000001"]
+    assert names(tmp_path / "step-00000001") == ["manifest.json", "rank-00000.safetensors"]
+
+
+def test_the_training_goes_on_meanwhile(tmp_path, monkeypatch):
+    """What is written is the state at the call, though the thread comes to it later; the next save waits for it."""
+    may_go, write = threading.Event(), module._write_shard
+    monkeypatch.setattr(module, "_write_shard", lambda *args: (may_go.wait(20), write(*args))[1])
+    runs = Runs(tmp_path)
+    runs.writer.save(runs.engine, manifest_of(runs.engine, 1))
+    for tensor in runs.engine.state.values():
+        tensor += 100  # the next update
+    assert runs.outcomes == []
+    threading.Timer(0.2, may_go.set).start()
+    began = time.monotonic()
+    runs.writer.save(runs.engine, manifest_of(runs.engine, 2))
+    assert time.monotonic() - began > 0.15  # it waited for the first
+    assert runs.writer.wait().step == 2
+    for step, first in ((1, 0.0), (2, 100.0)):
+        assert CheckpointReader(tmp_path / f"step-0000000{step}").tensor("w").tolist() == [first + i for i in range(4)]
+
+
+def test_a_write_that_fails_leaves_nothing_and_the_next_succeeds(tmp_path, monkeypatch):
+    runs, write = Runs(tmp_path), module.save_file
+    runs.save(1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    outcome = runs.save(2)
+    assert "writing the checkpoint failed on 1 of 1 ranks; rank 0: OSError: [Errno 28] No space left" in outcome.error
+    assert not outcome.not_finite
+    assert runs.writer.failures == 1
+    assert names(tmp_path) == ["latest", "step-00000001"]
+    monkeypatch.setattr(module, "save_file", write)
+    assert runs.save(3).error is None
+    assert committed_steps(tmp_path) == [1, 3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_that_is_not_finite_is_never_committed(tmp_path, kind, value):
+    runs = Runs(tmp_path)
+    runs.save(1)
+    runs.engine.state[kind][2] = value
+    outcome = runs.save(2)
+    assert f"rank 0: the {kind} of w is not finite at element 2" in outcome.error
+    assert outcome.not_finite
+    assert names(tmp_path) == ["latest", "step-00000001"]
+
+
+def test_a_job_that_may_not_write_any_more_commits_nothing(tmp_path):
+    def lost():
+        raise OSError("the run was taken over by host b, pid 9")
+
+    runs = Runs(tmp_path)
+    runs.writer._before_commit = lost
+    assert "the run was taken over by host b, pid 9" in runs.save(1).error
+    assert committed_steps(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 10 MiB, for two checkpoints of 4."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill_up(mesh, folder, spare):
+    """Saves on a disk that is filled and emptied again: what each rank was told."""
+    module.SPARE_BYTES = spare
+    engine = build(mesh, ParallelConfig(zero_stage=1, precision="fp32"))
+    writer = CheckpointWriter(folder / "checkpoints", mesh, CheckpointConfig(keep=1))
+    told = []
+    for step in (1, 2, 3):
+        run_steps(engine, range(step - 1, step))
+        if mesh.rank == 0 and step == 2:
+            (folder / "others").write_bytes(bytes(shutil.disk_usage(folder).free - 400_000))
+        if mesh.rank == 0 and step == 3:
+            (folder / "others").unlink()
+        mesh.barrier()
+        writer.save(engine, manifest_of(engine, step))
+        told.append(writer.wait().error)
+    engine.close()
+    return told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spare", [0, -(2**40)], ids=["looked at before", "found out by writing"])
+def test_a_full_disk_is_told_alike_on_all_ranks_and_tried_again(small_disk, spare):
+    told = run_ranks(2, fill_up, small_disk, spare)
+    assert told[0] == told[1]
+    assert told[0][0] is None
+    assert told[0][2] is None
+    match = "GB free, the checkpoint takes" if spare == 0 else "No space left on device"
+    assert match in told[0][1]
+    checkpoints = small_disk / "checkpoints"
+    assert names(checkpoints) == ["latest", "step-00000003"]
+    assert faults(checkpoints / "step-00000003") == []

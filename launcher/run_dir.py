@@ -3,9 +3,11 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any, TextIO
 import yaml
 
 from launcher.config import ConfigError, RunConfig, contradictions, to_yaml, unknown_keys
+
+log = logging.getLogger(__name__)
 
 
 class RunDirError(RuntimeError):
@@ -121,17 +125,29 @@ def _try_lock(file: TextIO) -> bool:
 
 
 class Ledger:
-    """ledger.jsonl: one JSON object for each start, resume, checkpoint, stop and end of a run. Rank 0 writes it."""
+    """ledger.jsonl: one JSON object for each start, resume, checkpoint, stop and end of a run. Rank 0 writes it.
+
+    What a full disk does not take is kept and written with the next event.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "ledger.jsonl"
+        self._pending = ""
+        self._lock = threading.Lock()  # saves tell of their end from a thread
 
     def add(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with self._lock:
+            self._pending += json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n"
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(self._pending)
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._pending = ""
+            except OSError as error:
+                if not self._pending.startswith("\n"):
+                    self._pending = "\n" + self._pending  # a part of it may be there
+                log.warning("%s cannot be written (%s); its lines are kept for the next time", self.path, error)
 
     def tells_finished(self, step: int) -> bool:
         """Whether the run was evaluated and ended at this step."""

@@ -1,12 +1,17 @@
 """The files beside the checkpoints: what a crash or another program left in them does not stop a resume."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from launcher.metrics import MetricsLog, describe
 from launcher.pretrain import command
+from launcher.read_log import ReadLog, read_records
 from launcher.run_dir import Ledger
 
 RUBBISH = ["", "{", "3", "null", '{"step": null}', '["step"]', "\x00\x00", '{"st']
@@ -49,6 +54,45 @@ def test_the_log_line_can_hold_any_number():
         "a/i": 4000.0,
     }
     assert describe(values, list(values)) == "x inf  y nan  z 12,346  loss 3.142  n 1e+30  i 4,000"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(small_disk, caplog):
+    """Not a line of the ledger and not a record is lost, and none ends the run; a checkpoint would wait for the records."""
+    ledger, reads = Ledger(small_disk), ReadLog(small_disk, 1, 0)
+    batch = SimpleNamespace(span=(0, 8), digest=7)
+    ledger.add("start", step=0)
+    reads.add(1, batch)
+    (small_disk / "others").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    step = 1
+    while "cannot be written" not in caplog.text:  # until the last block is full, too
+        step += 1
+        ledger.add("checkpoint", step=step, path="x" * 500)
+        reads.add(step, batch)
+    for _ in range(200):
+        step += 1
+        reads.add(step, batch)
+    with pytest.raises(OSError, match="No space left on device"):
+        reads.sync()
+    (small_disk / "others").unlink()
+    ledger.add("finished", step=step)
+    reads.sync()
+    reads.close()
+    events = ledger.events()
+    assert [event["event"] for event in events] == ["start", *["checkpoint"] * (len(events) - 2), "finished"]
+    assert [event["step"] for event in events[1:-1]] == list(range(2, len(events)))
+    assert read_records(small_disk, 1, 0)["step"].tolist() == list(range(1, step + 1))
 
 
 def test_a_program_is_named_so_that_it_can_be_typed(monkeypatch, tmp_path):

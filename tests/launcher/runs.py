@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from parallel.checkpoint import CheckpointReader, committed_steps
-from parallel.engine import KINDS
+from parallel.state import KINDS
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent  # deepspeed and torchrun of this environment

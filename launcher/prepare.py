@@ -28,8 +28,10 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import NoReturn
 
 from data.urls import redact
@@ -64,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{error}\n{again}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # heard
         print(f"\nstopped; {again}", file=sys.stderr)
         return 130
     if manifest is None:
@@ -139,5 +142,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Ctrl-C, told again every second until main has heard it: Python drops what is raised in a callback of an import."""
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as for a job in the background
+        for number in (signal.SIGINT, signal.SIGALRM):
+            signal.signal(number, _interrupt)
     sys.exit(main())

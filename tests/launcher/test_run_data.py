@@ -7,7 +7,7 @@ from launcher import pretrain
 from launcher.config import ConfigError, load_config
 from launcher.run_data import open_data
 from launcher.run_dir import Ledger
-from parallel.checkpoint import Manifest, _commit
+from parallel.checkpoint import Manifest, manifest_text
 from runs import RECIPE
 
 G = 8
@@ -97,11 +97,10 @@ def test_the_command_takes_step_and_sample_from_the_newest_checkpoint(opened, re
     n = windows_of(opened(ONCE))
     steps = n // G
     cursor = opened(ONCE).dataset.cursor(16 * 2)
-    folder = recipe.parent / "runs/test/checkpoints"
-    staging = folder / "step-00000002.staging"
-    staging.mkdir(parents=True)
+    folder = recipe.parent / "runs/test/checkpoints/step-00000002"
+    folder.mkdir(parents=True)
     manifest = Manifest(step=2, adam_steps=2, world_size=1, zero_stage=1, shapes={}, files={}, cursor=cursor, config={})
-    _commit(staging, folder / "step-00000002", manifest)
+    (folder / "manifest.json").write_text(manifest_text(manifest))
     assert pretrain.main(["--config", str(recipe), ONCE, f"train.steps={steps}"]) == 2
     assert f"needs up to {(steps + 2) * G} samples" in capsys.readouterr().err
     pretrain.check(pretrain.parse_arguments(["--config", str(recipe), ONCE, f"train.steps={steps - 2}"]))

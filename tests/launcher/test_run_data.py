@@ -42,7 +42,7 @@ def opened(recipe):
     """opened(overrides, step, cursor) -> PreparedData."""
 
     def make(*overrides, step=0, cursor=None):
-        return open_data(load_config(str(recipe), list(overrides)), cursor, step)
+        return open_data(load_config(str(recipe), list(overrides)), cursor, step, dp_size=1)
 
     return make
 

@@ -249,7 +249,9 @@ def _tensors(rows: Rows, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor
     """Rows of n windows as tokens, targets and documents of shape (*shape, T), each in memory of its own."""
     both = torch.from_numpy(rows.tokens)
     length = both.shape[1] - 1
-    tokens, targets = both[:, :-1].contiguous().view(*shape, length), both[:, 1:].contiguous().view(*shape, length)
+    tokens = both[:, :-1].contiguous().view(*shape, length)
+    # a copy in any case: of a single row the slice is contiguous already, and would be a view of the tokens' memory
+    targets = both[:, 1:].clone(memory_format=torch.contiguous_format).view(*shape, length)
     if rows.counted is not None:
         targets[~torch.from_numpy(rows.counted).view(*shape, length)] = IGNORE
     documents = None if rows.documents is None else torch.from_numpy(rows.documents).view(*shape, length)

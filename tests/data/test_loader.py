@@ -247,6 +247,16 @@ def test_eval_counts_each_window_once_at_any_world_size(corpus, max_windows, B):
     assert all(rows == rows_by_world[0] for rows in rows_by_world)
 
 
+@pytest.mark.parametrize("B", [1, 2])
+def test_targets_that_do_not_count_leave_the_tokens_alone(corpus, B):
+    """A slice of a single row is contiguous as it is: targets were a view of the tokens, which got IGNORE too."""
+    ranks = 29 // B  # one round for all windows but one, one for that and filling
+    for rank in range(ranks):
+        for tokens, targets, _ in eval_batches(corpus, 29, B, rank, ranks):
+            assert int(tokens.min()) >= 0
+            assert tokens.untyped_storage().data_ptr() != targets.untyped_storage().data_ptr()
+
+
 def test_eval_windows_are_spread_and_fixed(corpus):
     first = [tokens.tolist() for tokens, _, _ in eval_batches(corpus, 6, 6, 0, 1)]
     assert first == [tokens.tolist() for tokens, _, _ in eval_batches(corpus, 6, 6, 0, 1)]

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from launcher import audit
 from runs import (
     assert_same_state,
     deepspeed,
@@ -106,6 +107,7 @@ def test_a_run_killed_before_it_could_say_finished_says_so_at_the_next_start(und
     assert (started["event"], started["step"]) == ("start", 24)
     assert finished == {**json.loads(told), "time": finished["time"]}
     assert losses(run_dir) == losses(undisturbed(1))
+    assert audit.main([str(run_dir), "--verify"]) == 0
     assert "is finished: 24 of 24 steps; nothing to do" in run(torchrun(2, "--config", recipe), tmp_path / "again")
 
 

@@ -14,7 +14,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.run_dir import RunDirError, sole_writer
+from launcher.lease import sole_writer
+from launcher.run_dir import RunDirError
 from parallel.checkpoint import STEP_NAME, CheckpointError, committed_steps, faults, folder_name, read_manifest
 from parallel.config import CheckpointConfig
 from parallel.retention import remove, retire

@@ -27,17 +27,11 @@ from data.lanes import StreamEnd
 from data.loader import StepBatch
 from launcher.config import ConfigError, RunConfig, load_config, to_yaml
 from launcher.evaluation import evaluate, write_samples
+from launcher.lease import Lease, LeaseLost, sole_writer
 from launcher.metrics import MetricsLog, describe, peak_flops, peak_host_mem_gib
 from launcher.read_log import ReadLog
 from launcher.run_data import AnyLoader, RunData, open_data
-from launcher.run_dir import (
-    Ledger,
-    RunDirError,
-    prepare_run_dir,
-    refuse_other_config,
-    save_config,
-    sole_writer,
-)
+from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, refuse_other_config, save_config
 from launcher.signals import StopFlag, signal_name
 from model.init import initial_values
 from model.transformer import Transformer
@@ -89,7 +83,7 @@ class Stats:
     update: UpdateResult | None = None
 
 
-def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag) -> int:
+def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag, lease: Lease | None) -> int:
     """The whole run, from wherever it stands to its last step or to a request to stop. Returns the exit code."""
     ledger = Ledger(cfg.run_dir)
     start = configure_logging(cfg, mesh, ledger)
@@ -101,7 +95,11 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag) -> int:
     if mesh.rank == 0:
         announce(cfg, mesh, ledger, metrics, start, progress, data, loader)
     writer = CheckpointWriter(
-        cfg.run_dir / "checkpoints", mesh, cfg.checkpoint, lambda outcome: tell_saved(outcome, mesh, ledger), reads.sync
+        cfg.run_dir / "checkpoints",
+        mesh,
+        cfg.checkpoint,
+        on_done=lambda outcome: tell_saved(outcome, mesh, ledger),
+        before_commit=lambda: before_commit(reads, lease),
     )
     may_end = cfg.data.stream is not None and cfg.data.stream.epochs is not None
     clock, overall, stopped_by, valid, failed_saves, retry_step = Clock(), Clock(), 0, {}, 0, 0
@@ -114,7 +112,7 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag) -> int:
             vote = mesh.agree_max(stop.signal_number, writer.failures)  # travels while the step computes
             began = time.perf_counter()
             if may_end and mesh.agree_max(int(loader.at_end())).result():
-                save_and_wait(cfg, engine, loader, progress, writer, metrics)
+                save_and_wait(cfg, engine, loader, progress, writer, metrics, lease)
                 raise StreamEnd(end_of_stream(cfg, progress))
             batch = next(loader)
             clock.data_wait_s += time.perf_counter() - began
@@ -143,14 +141,14 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag) -> int:
                 failed_saves, retry_step = failures, progress.step + cfg.checkpoint.retry_every
                 check_finite(writer)
             if last or stopped_by:
-                save_and_wait(cfg, engine, loader, progress, writer, metrics)
+                save_and_wait(cfg, engine, loader, progress, writer, metrics, lease)
             elif due(progress.step, cfg.checkpoint.every) or progress.step == retry_step:
-                save(cfg, engine, loader, progress, writer, metrics)
+                save(cfg, engine, loader, progress, writer, metrics, lease)
             if overall.steps == 1:
                 gc.collect()
                 gc.freeze()  # what lives now lives to the end; collections need not look at it again
     except BaseException as error:
-        if mesh.rank == 0:
+        if mesh.rank == 0 and not isinstance(error, LeaseLost):  # then the ledger is another job's
             ledger.add(
                 "failed", step=progress.step, saved_step=writer.committed_step,
                 error=f"{type(error).__name__}: {error}"[:500],
@@ -388,8 +386,14 @@ def save(
     progress: Progress,
     writer: CheckpointWriter,
     metrics: MetricsLog | None,
+    lease: Lease | None,
 ) -> None:
-    """Begin to write a checkpoint, all ranks together; what the step waits for is a copy in host memory."""
+    """Begin to write a checkpoint, all ranks together; what the step waits for is a copy in host memory.
+
+    Raises LeaseLost if the folder is another job's.
+    """
+    if (lost := engine.mesh.broadcast(lease.lost() if lease is not None else None)) is not None:
+        raise LeaseLost(lost)
     manifest = Manifest(
         step=progress.step,
         adam_steps=engine.adam_steps,
@@ -415,10 +419,11 @@ def save_and_wait(
     progress: Progress,
     writer: CheckpointWriter,
     metrics: MetricsLog | None,
+    lease: Lease | None,
 ) -> None:
     """The checkpoint with which a start ends. Raises CheckpointError when it cannot be written."""
     if writer.wait() is None or writer.committed_step != progress.step:
-        save(cfg, engine, loader, progress, writer, metrics)
+        save(cfg, engine, loader, progress, writer, metrics, lease)
     outcome = writer.wait()
     check_finite(writer)
     if outcome is not None and outcome.error is not None:
@@ -436,6 +441,13 @@ def check_finite(writer: CheckpointWriter) -> None:
             f"step {outcome.step} was not saved: {outcome.error}. The run goes on from step {writer.committed_step} when it "
             "is started again; with the same data and settings it comes here again"
         )
+
+
+def before_commit(reads: ReadLog, lease: Lease | None) -> None:
+    """Called in the writer's thread on every rank. Raises OSError when the checkpoint must not become one."""
+    reads.sync()
+    if lease is not None and (lost := lease.lost()) is not None:
+        raise OSError(lost)
 
 
 def tell_saved(outcome: Outcome, mesh: Mesh, ledger: Ledger) -> None:
@@ -555,21 +567,21 @@ def main(argv: list[str]) -> int:
             return 0
         if place.rank == 0:
             prepare_run_dir(cfg, needed_bytes=12 * cfg.model.n_params)  # fp32 weights and two moments
-            with sole_writer(cfg.run_dir):
-                return run(cfg, place, data)
-        return run(cfg, place, data)
+            with sole_writer(cfg.run_dir) as lease:
+                return run(cfg, place, data, lease)
+        return run(cfg, place, data, None)
     except (ConfigError, DataError, RunDirError, LaunchError) as error:
         if local_rank == 0:
             print(f"pretrain: {error}", file=sys.stderr)
         return 2
 
 
-def run(cfg: RunConfig, place: Place, data: RunData) -> int:
+def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None) -> int:
     mesh = build_mesh(place, cfg.parallel.timeout_s)
     stop = StopFlag()
     try:
-        return train(cfg, data, mesh, stop)
-    except (CheckpointError, FloatingPointError, DataError) as error:
+        return train(cfg, data, mesh, stop, lease)
+    except (CheckpointError, FloatingPointError, DataError, LeaseLost) as error:
         log.error("%s", error)
         return 1
     finally:

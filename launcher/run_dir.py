@@ -1,17 +1,14 @@
-"""A run on disk: its folder, the config it keeps, who may write to it, and the ledger of what happened to it."""
+"""A run on disk: its folder, the config it keeps, and the ledger of what happened to it."""
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import shutil
-import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
@@ -86,42 +83,6 @@ def save_config(cfg: RunConfig) -> None:
     staging = cfg.run_dir / "config.yaml.tmp"
     staging.write_text(to_yaml(cfg), encoding="utf-8")
     os.replace(staging, cfg.run_dir / "config.yaml")
-
-
-@contextlib.contextmanager
-def sole_writer(run_dir: Path, wait_s: float = 40.0) -> Iterator[None]:
-    """Hold the run's folder against other jobs; the lock goes with the process, however that ends.
-
-    Waits up to wait_s for a holder to finish (a stopped run still saves for a moment), then raises RunDirError naming it.
-    """
-    path = run_dir / "lock"
-    with open(path, "a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + wait_s
-        announced = False
-        while not _try_lock(file):
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            if time.monotonic() >= deadline:
-                raise RunDirError(
-                    f"{run_dir} is in use by another job ({holder}); stop that one first, or use another run.name"
-                )
-            if not announced:
-                print(f"waiting up to {wait_s:.0f} s for the job that holds {run_dir}: {holder}", flush=True)
-                announced = True
-            time.sleep(0.2)
-        file.truncate(0)
-        job = os.environ.get("SLURM_JOB_ID", "none")
-        file.write(f"host {socket.gethostname()}, pid {os.getpid()}, SLURM job {job}\n")
-        file.flush()
-        yield
-
-
-def _try_lock(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 class Ledger:

@@ -3,7 +3,7 @@
 import pytest
 
 from launcher.checkpoint import main
-from launcher.run_dir import sole_writer
+from launcher.lease import sole_writer
 from parallel.checkpoint import committed_steps
 from ranks import LoneEngine, save
 

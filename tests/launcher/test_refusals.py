@@ -172,8 +172,8 @@ def test_a_run_that_another_job_holds(tmp_path, corpus):
     try:
         wait_for_step(tmp_path / "runs/test", 2, holder)
         code = (
-            "import launcher.pretrain as p, launcher.run_dir as r, functools, sys; "
-            "p.sole_writer = functools.partial(r.sole_writer, wait_s=0.5); "
+            "import launcher.pretrain as p, launcher.lease as l, functools, sys; "
+            "p.sole_writer = functools.partial(l.sole_writer, wait_s=0.5); "
             f"sys.exit(p.main(['--config', {str(recipe)!r}, 'train.steps=100000', 'run.seed=1']))"
         )
         text = run([sys.executable, "-c", code], tmp_path / "second.log", code=2)

@@ -111,7 +111,7 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag, lease: Leas
         while progress.step < cfg.train.steps and not stopped_by:
             vote = mesh.agree_max(stop.signal_number, writer.failures)  # travels while the step computes
             began = time.perf_counter()
-            if may_end and mesh.agree_max(int(loader.at_end())).result():
+            if may_end and mesh.agree_max(int(loader.at_end())).result()[0]:
                 save_and_wait(cfg, engine, loader, progress, writer, metrics, lease)
                 raise StreamEnd(end_of_stream(cfg, progress))
             batch = next(loader)

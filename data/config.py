@@ -11,6 +11,8 @@ from data.sources import CorpusConfig, EmbeddedConfig, MegatronConfig, SourceCon
 from data.tokenizer import TokenizerConfig
 from data.urls import ENVIRONMENT, leaves, secret_in
 
+MOST_SKIPPED = 10**15  # samples, steps or documents: far beyond any run, and well within 64 bits
+
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -48,6 +50,8 @@ class SkipConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"shard and documents: [first, last] together; got {self.model_dump(exclude_none=True)}"
             )
         lowest = 1 if self.steps is not None else 0
+        if (last := (self.steps or self.samples or self.documents or (0, 0))[1]) > MOST_SKIPPED:
+            raise ValueError(f"data.skip ends at {last}; expected at most {MOST_SKIPPED}")
         pair = self.steps or self.samples or self.documents
         if pair is None or not lowest <= pair[0] <= pair[1]:
             raise ValueError(f"data.skip: {pair} is no stretch; expected [first, last] with {lowest} <= first <= last")

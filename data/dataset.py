@@ -159,6 +159,9 @@ class Dataset:
         taken: list[IntArray] = []
         need, start = count, first
         while need:
+            for low, high in self._skipped_samples:  # ascending: a stretch is passed at once, however long
+                if low <= start <= high:
+                    start = high + 1
             samples = np.arange(start, start + need, dtype=np.int64)
             kept = samples[~self._left_out(samples)]
             taken.append(kept)

@@ -68,14 +68,23 @@ def list_paths(patterns: list[str], options: Options) -> list[str]:
     """The files that paths, globs (** crosses folders, and no circle of links is followed) and URLs name, each once,
     sorted. Raises SourceError when one of them names nothing, or the file system cannot be asked.
     """
-    found: set[str] = set()
+    found: set[tuple[str, str]] = set()  # (spelling that is the same for each, as it was named)
     for pattern in patterns:
         matches = _match_remote(pattern, options) if is_remote(pattern) else _match_local(pattern)
         if not matches:
             where = "" if is_remote(pattern) else f" (from {os.getcwd()})"
             raise SourceError(f"{pattern!r} matches no file{where}; correct the path or leave it out")
-        found.update(matches)
-    return sorted(found)
+        found.update({_one_spelling(path): path for path in matches}.items())
+    first: dict[str, str] = {}
+    for same, path in sorted(found):
+        first.setdefault(same, path)
+    return sorted(first.values())  # in the order of what is written
+
+
+def _one_spelling(path: str) -> str:
+    """The same for ./a, a, its absolute path and its file:// URL. A link is another file: that may be meant."""
+    local = path.removeprefix("file://")
+    return path if is_remote(local) else os.path.abspath(local)
 
 
 def _match_local(pattern: str) -> list[str]:

@@ -73,6 +73,11 @@ class Run:
         events = [event for event in Ledger(run_dir).events() if event["event"] == "start" and "cursor" in event]
         if not events:
             raise RunDirError(f"{run_dir}/ledger.jsonl names no start, so nothing has been read yet")
+        after = Ledger(run_dir).events()
+        after = after[after.index(events[-1]) + 1 :]
+        self.told = max(
+            [events[-1]["step"], *(event.get("step", 0) for event in after)]
+        )  # the step that it has reached
         self.cursor: dict[str, Any] = events[-1]["cursor"]  # it holds the mixtures of all starts before
         self.starts = [self._start(event, events[number + 1 :]) for number, event in enumerate(events)]
 
@@ -95,8 +100,11 @@ class Run:
         for start in self.starts:
             if start.first_step <= step <= start.last_step:
                 return start
-        last = max(start.last_step for start in self.starts)
-        raise RunDirError(f"{self.run_dir} has no record of step {step}; it has steps 1 to {last}")
+        last = max((start.last_step for start in self.starts if start.last_step >= start.first_step), default=0)
+        raise RunDirError(
+            f"{self.run_dir} has no record of step {step}; it has "
+            + (f"steps 1 to {last}" if last else f"none at all, though it has taken {self.told} steps")
+        )
 
     def dataset(self, start: Start) -> Dataset:
         """The data as that start had it, with every source that the run has read."""
@@ -169,6 +177,11 @@ def verify(run: Run) -> Iterator[str]:
             expected = after
         again = f", {start.taken - start.last_step} more taken again later" if start.taken > start.last_step else ""
         yield f"start {start.number}: steps {start.first_step} to {start.last_step}, {start.dp_size} ranks{again}"
+    if step < run.told:
+        raise AuditError(
+            f"steps {step + 1} to {run.told} are in no records, but the ledger says that the run has taken them; files of "
+            f"{run.run_dir}/reads are gone or cut, so that it cannot be proved what was read"
+        )
     total = per_source.total()
     shares = ", ".join(f"{name} {count} ({count / total:.4%})" for name, count in sorted(per_source.items()))
     yield (

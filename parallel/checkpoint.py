@@ -181,7 +181,7 @@ def read_manifest(path: Path) -> Manifest:
         manifest = Manifest(**raw)
         if path.name.split(".")[0] != folder_name(manifest.step):
             raise CheckpointError(f"{file} is of step {manifest.step}, its folder is {path.name}")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: {type(error).__name__}: {error}") from error
     for name in manifest.files:
         if Path(name).name != name:

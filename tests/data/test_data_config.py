@@ -68,6 +68,7 @@ def text(name, **more):
         ({"skip": [{"steps": [1, 2], "samples": [1, 2]}]}, "needs exactly one of: steps"),
         ({"skip": [{"source": "a", "documents": [1, 2]}]}, "needs exactly one of: steps"),
         ({"skip": [{"steps": [0, 2]}]}, r"\(0, 2\) is no stretch; expected \[first, last\] with 1 <= first <= last"),
+        ({"skip": [{"samples": [3, 10**20]}]}, r"data.skip ends at 10{20}; expected at most 10{15}"),
         ({"skip": [{"samples": [3, 2]}]}, r"\(3, 2\) is no stretch; expected \[first, last\] with 0 <= first <= last"),
     ],
 )

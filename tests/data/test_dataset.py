@@ -353,6 +353,14 @@ def test_skip_refusals(folder):
         opened(folder, MIX, skip=[{"steps": [1, 2]}, entry])
 
 
+def test_a_stretch_is_passed_at_once_however_long(folder):
+    N = 10**12
+    dataset = opened(folder, MIX, skip=[{"samples": [3, N]}, {"samples": [N + 2, N + 4]}])
+    samples, after = dataset.take(0, 6)
+    assert samples.tolist() == [0, 1, 2, N + 1, N + 5, N + 6]
+    assert after == N + 7
+
+
 # -- held out ----------------------------------------------------------------------------------------------------------
 
 

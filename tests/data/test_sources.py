@@ -112,6 +112,10 @@ def test_two_stars_cross_folders_and_links_but_go_round_no_circle(tmp_path, monk
     assert list_paths([f"{tmp_path}/d*/**/y/**/*.txt"], {}) == [f"{tmp_path}/data/x/y/b.txt"]
     monkeypatch.chdir(tmp_path)
     assert list_paths(["**/a.txt"], {}) == ["data/x/a.txt"]
+    one = f"{tmp_path}/data/x/a.txt"
+    assert list_paths(["data/x/a.txt", "./data/x/a.txt", "data/x/../x/*.txt", one, f"file://{one}"], {}) == [
+        "./data/x/a.txt"
+    ]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert list_paths(["~/else/*"], {}) == [f"{tmp_path}/else/c.txt"]
 

@@ -118,6 +118,24 @@ def rewrite(run_dir, content, start=1, rank=0):
     path_of(run_dir, start, rank).write_bytes(content.tobytes())
 
 
+@pytest.mark.parametrize("event", ["checkpoint", "finished"])
+def test_records_that_are_gone_prove_nothing(make_run, capsys, event):
+    run_dir = make_run((1, 4, 1, 2, []), (5, 8, 2, 2, []))
+    Ledger(run_dir).add(event, step=8)
+    assert audit(capsys, run_dir, "--verify")[0] == 0
+    for path in (run_dir / "reads").glob("start-0002-*"):
+        path.unlink()
+    code, text = audit(capsys, run_dir, "--verify")
+    assert code == 1
+    assert "steps 5 to 8 are in no records, but the ledger says that the run has taken them; files of " in text
+    for path in (run_dir / "reads").iterdir():
+        path.unlink()
+    assert "steps 1 to 8 are in no records" in audit(capsys, run_dir, "--verify")[1]
+    code, text = audit(capsys, run_dir, "--step", 5)
+    assert code == 2
+    assert "has no record of step 5; it has none at all, though it has taken 8 steps" in text
+
+
 def test_a_repeated_stretch_is_found(make_run, capsys):
     run_dir = make_run((1, 4, 1, 2, []), (5, 8, 1, 2, []))
     rewrite(run_dir, np.concatenate([records(run_dir)[:3], records(run_dir)[2:3]]))

@@ -164,6 +164,7 @@ def test_a_flipped_bit_is_found(checkpoints, where, caplog):
     [
         (lambda p: (p / "rank-00001.safetensors").unlink(), "No such file"),
         (lambda p: (p / "manifest.json").write_text("{"), "JSONDecodeError"),
+        (lambda p: (p / "manifest.json").write_text("[" * 100_000), "RecursionError"),
         (lambda p: (p / "manifest.json").write_text('{"format_version": 9}'), "format version 9, this program reads 1"),
         (lambda p: (p / "manifest.json").write_text('{"format_version": 1}'), "its own xxh3 differs"),
         (lambda p: edit(p, files={}), "its own xxh3 differs"),

@@ -264,7 +264,7 @@ def decide(prefixes: Sequence[Path], cfg: CleanConfig) -> None:
 
     prefixes: of all units of all sources, in their order: it decides which of two documents is the first.
     """
-    marks = [np.empty(0, dtype=_MARK), *(np.load(_path(prefix, "marks")) for prefix in prefixes)]
+    marks = [np.empty(0, dtype=_MARK), *(np.array(_load(_path(prefix, "marks"))) for prefix in prefixes)]
     ends = np.cumsum([len(unit) for unit in marks])
     verdicts = np.concatenate([unit["verdict"] for unit in marks])
     held = np.concatenate([unit["held"] for unit in marks])
@@ -279,7 +279,7 @@ def decide(prefixes: Sequence[Path], cfg: CleanConfig) -> None:
 
 def verdicts(prefix: Path) -> NDArray[np.uint8]:
     """The verdicts on a unit's documents, (n,), in order."""
-    found: NDArray[np.uint8] = np.load(_path(prefix, "verdict"))
+    found: NDArray[np.uint8] = np.array(_load(_path(prefix, "verdict")))
     return found
 
 
@@ -307,7 +307,7 @@ class _Signatures:
         """A hash of each document's band, (n,)."""
         keys = np.zeros(int(self._ends[-1]), dtype=np.uint64)
         for path, start, end in zip(self._paths, self._ends[:-1], self._ends[1:], strict=True):
-            rows = np.array(np.load(path, mmap_mode="r")[band]) if end > start else np.empty((0, 0), np.uint32)
+            rows = np.array(_load(path)[band]) if end > start else np.empty((0, 0), np.uint32)
             for slot in rows.T.astype(np.uint64):
                 keys[start:end] = _mix(keys[start:end] + slot)
         return keys
@@ -323,7 +323,7 @@ class _Signatures:
     def _read(self, numbers: NDArray[np.int64]) -> NDArray[np.uint32]:
         """Signatures of documents of one unit, (n, num_perm)."""
         unit = int(np.searchsorted(self._ends, numbers[0], side="right")) - 1
-        bands = np.load(self._paths[unit], mmap_mode="r")[:, numbers - self._ends[unit], :]
+        bands = _load(self._paths[unit])[:, numbers - self._ends[unit], :]
         return np.ascontiguousarray(bands.swapaxes(0, 1)).reshape(len(numbers), -1)
 
 
@@ -373,6 +373,16 @@ def _mark_bucketed(
 
 def _path(prefix: Path, kind: str) -> Path:
     return prefix.with_name(f"{prefix.name}.{kind}.npy")
+
+
+def _load(path: Path) -> NDArray[Any]:
+    """An array that save wrote, mapped. Only numbers are read: an array of objects would be a pickle."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError) as error:
+        raise CleanError(
+            f"{path} is damaged ({error}); delete {path.parents[1]}, which launcher/prepare.py makes again"
+        ) from None
 
 
 def save(path: Path, array: NDArray[Any]) -> None:

@@ -245,11 +245,21 @@ def _finished_corpus(cfg: DataConfig, folder: Path, options: dict[str, Any]) -> 
                     folder, len(lost), lost[0])  # fmt: skip
         return None
     if (folder / BAD).is_file():
-        with open(folder / BAD, encoding="utf-8") as stream:
+        with open(folder / BAD, encoding="utf-8", errors="replace") as stream:
             for count, line in enumerate(stream, 1):
-                listed = json.loads(line)
-                _check_bad(cfg, count, listed.pop("source"), [BadDocument(**listed)])
+                _check_bad(cfg, count, *_listed(folder / BAD, line))
     return manifest
+
+
+def _listed(path: Path, line: str) -> tuple[str, list[BadDocument]]:
+    """The source and the document of a line of bad.jsonl."""
+    try:
+        listed = json.loads(line)
+        return listed.pop("source"), [BadDocument(**listed)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PrepareError(
+            f"{path} is damaged ({type(error).__name__}: {error}); delete {path.parent / MANIFEST}, and it is written again"
+        ) from None
 
 
 def _work(cfg: DataConfig, folder: Path, part: Part, prepared: dict[str, Prepared]) -> Work:

@@ -161,7 +161,8 @@ def _explain(item: Any, raw: dict[str, Any]) -> list[str]:
     loc = [str(part) for part in item["loc"]]
     key = ".".join(loc)
     if item["type"] == "extra_forbidden":
-        return [f"{key}: no such key{_suggest(loc)}"]
+        never = "; code that comes with a dataset, a tokenizer or a model is never run"
+        return [f"{key}: no such key{never if loc[-1] == 'trust_remote_code' else _suggest(loc)}"]
     if item["type"] == "missing":
         return [f"{key}: missing; it has no default"]
     message = item["msg"].removeprefix("Value error, ")

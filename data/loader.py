@@ -8,6 +8,7 @@ is in it.
 A grad_accum_steps, B micro_batch_size, T seq_len
 """
 
+import atexit
 import queue
 import threading
 from collections import deque
@@ -98,6 +99,7 @@ class Loader(Iterator[StepBatch]):
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._prefetch, args=(self._samples,), name="data-prefetch", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # the interpreter's end aborts on a thread that is inside torch
 
     @property
     def fixed_targets(self) -> bool:
@@ -124,6 +126,7 @@ class Loader(Iterator[StepBatch]):
 
     def close(self) -> None:
         """End the prefetch thread; the loader gives no batch after it."""
+        atexit.unregister(self.close)
         self._closing.set()
         while self._thread.is_alive():
             _drain(self._ready)  # makes room for a put that waits

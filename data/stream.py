@@ -8,6 +8,7 @@ samples; neither world size nor micro-batch nor workers are in it.
 A grad_accum_steps, B micro_batch_size, T seq_len
 """
 
+import atexit
 import logging
 import queue
 import threading
@@ -132,6 +133,7 @@ class StreamLoader(Iterator[StepBatch]):
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._prefetch, args=(self._samples,), name="data-prefetch", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # as data.loader.Loader does
 
     @staticmethod
     def check_cursor(cursor: dict[str, Any], fingerprint: dict[str, str]) -> StreamCursor:
@@ -201,6 +203,7 @@ class StreamLoader(Iterator[StepBatch]):
 
     def close(self) -> None:
         """End workers and thread; the loader gives no batch after it."""
+        atexit.unregister(self.close)
         self._closing.set()
         self._source.kill()
         while self._thread.is_alive():

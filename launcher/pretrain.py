@@ -30,6 +30,7 @@ from launcher.evaluation import evaluate, write_samples
 from launcher.lease import Lease, LeaseLost, sole_writer
 from launcher.metrics import MetricsLog, describe, peak_flops, peak_host_mem_gib
 from launcher.read_log import ReadLog
+from launcher.redaction import HidingFormatter, hide
 from launcher.run_data import AnyLoader, RunData, open_data
 from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, refuse_other_config, save_config
 from launcher.signals import StopFlag, signal_name
@@ -151,7 +152,7 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag, lease: Leas
         if mesh.rank == 0 and not isinstance(error, LeaseLost):  # then the ledger is another job's
             ledger.add(
                 "failed", step=progress.step, saved_step=writer.committed_step,
-                error=f"{type(error).__name__}: {error}"[:500],
+                error=hide(f"{type(error).__name__}: {error}")[:500],
             )  # fmt: skip
         raise
     finally:
@@ -204,6 +205,13 @@ def seed_step(seed: int, step: int, dp_rank: int) -> None:
 # -- before the first step ----------------------------------------------------------------------------------------------
 
 
+def begin_logging() -> None:
+    """Until the run's folder is there; nothing where a program that calls main has its own."""
+    console = logging.StreamHandler()
+    console.setFormatter(HidingFormatter("%(message)s"))
+    logging.basicConfig(handlers=[console])
+
+
 def configure_logging(cfg: RunConfig, mesh: Mesh, ledger: Ledger) -> int:
     """Rank 0 speaks at INFO, others at WARNING; every rank has a file of its own. Returns the number of this start."""
     start = 1 + sum(event["event"] == "start" for event in ledger.events()) if mesh.rank == 0 else 0
@@ -211,10 +219,10 @@ def configure_logging(cfg: RunConfig, mesh: Mesh, ledger: Ledger) -> int:
     folder = cfg.run_dir / "logs"
     folder.mkdir(exist_ok=True)
     console = logging.StreamHandler(sys.stdout)
-    console.setFormatter(logging.Formatter("%(message)s" if mesh.rank == 0 else f"[rank {mesh.rank}] %(message)s"))
+    console.setFormatter(HidingFormatter("%(message)s" if mesh.rank == 0 else f"[rank {mesh.rank}] %(message)s"))
     console.setLevel(logging.INFO if mesh.rank == 0 else logging.WARNING)
     file = logging.FileHandler(folder / f"start-{start:04d}-rank-{mesh.rank:05d}.log", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setFormatter(HidingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.raiseExceptions = False  # a log file on a full disk is no reason to end, nor for a traceback a line
     root = logging.getLogger()
     root.handlers[:] = [console, file]
@@ -455,7 +463,7 @@ def tell_saved(outcome: Outcome, mesh: Mesh, ledger: Ledger) -> None:
     if mesh.rank != 0:
         return
     if outcome.error is not None:
-        ledger.add("checkpoint_failed", step=outcome.step, error=outcome.error[:500])
+        ledger.add("checkpoint_failed", step=outcome.step, error=hide(outcome.error)[:500])
         log.error("step %d could NOT be saved, training goes on: %s", outcome.step, outcome.error)
         return
     ledger.add(
@@ -557,6 +565,7 @@ def saved_position(checkpoints: Path) -> tuple[dict[str, Any] | None, int]:
 
 def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
+    begin_logging()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     try:
         cfg, place, data = check(args)
@@ -572,8 +581,11 @@ def main(argv: list[str]) -> int:
         return run(cfg, place, data, None)
     except (ConfigError, DataError, RunDirError, LaunchError) as error:
         if local_rank == 0:
-            print(f"pretrain: {error}", file=sys.stderr)
+            print(hide(f"pretrain: {error}"), file=sys.stderr)
         return 2
+    except Exception as error:  # so that it is in the rank's log, too, and without secrets
+        log.critical("%s: %s", type(error).__name__, error, exc_info=True)
+        return 1
 
 
 def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None) -> int:

@@ -208,6 +208,13 @@ class Corpus:
             raise CorpusError(f"seq_len={reading.seq_len}; expected at least 1")
         return CorpusFolder(location, reading).split(source, split)
 
+    @property
+    def most_files(self) -> int:
+        """File descriptors that reading holds at most: .bin and .idx of each open shard, of a URL its lock, too."""
+        if self.remote and self.shards_at_once is not None:
+            return 3 * min(len(self.shards), GROUPS_LOCAL * self.shards_at_once)
+        return 2 * min(len(self.shards), MAX_OPEN_SHARDS)
+
     def order(self, seed: int) -> WindowOrder:
         """In which order the windows are read. Raises CorpusError when there is none."""
         if not self.n_windows:

@@ -28,6 +28,7 @@ from data.loader import StepBatch
 from launcher.config import ConfigError, RunConfig, load_config, to_yaml
 from launcher.evaluation import evaluate, write_samples
 from launcher.lease import Lease, LeaseLost, sole_writer
+from launcher.limits import LimitError, allow_files, check_threads
 from launcher.metrics import MetricsLog, describe, peak_flops, peak_host_mem_gib
 from launcher.read_log import ReadLog
 from launcher.redaction import HidingFormatter, hide
@@ -549,7 +550,10 @@ def check(args: argparse.Namespace) -> tuple[RunConfig, Place, RunData]:
     cfg.grad_accum_steps(place.world_size)
     check_device(cfg.parallel.precision)
     refuse_other_config(cfg, args.allow_change)
-    return cfg, place, open_data(cfg, *saved_position(cfg.run_dir / "checkpoints"), place.world_size)
+    check_threads()
+    data = open_data(cfg, *saved_position(cfg.run_dir / "checkpoints"), place.world_size)
+    allow_files(data.most_files(), place.world_size)
+    return cfg, place, data
 
 
 def saved_position(checkpoints: Path) -> tuple[dict[str, Any] | None, int]:
@@ -579,7 +583,7 @@ def main(argv: list[str]) -> int:
             with sole_writer(cfg.run_dir) as lease:
                 return run(cfg, place, data, lease)
         return run(cfg, place, data, None)
-    except (ConfigError, DataError, RunDirError, LaunchError) as error:
+    except (ConfigError, DataError, RunDirError, LaunchError, LimitError) as error:
         if local_rank == 0:
             print(hide(f"pretrain: {error}"), file=sys.stderr)
         return 2

@@ -42,6 +42,10 @@ class RunData(ABC):
     def announce(self, samples: int) -> tuple[list[str], list[str]]:
         """(what the run will have read with so many samples more, what its user should know of it), lines of text."""
 
+    def most_files(self) -> int:
+        """File descriptors that reading holds at most."""
+        return sum(corpus.most_files for corpus in self.valid.values())
+
     @abstractmethod
     def progress(self, samples: int) -> dict[str, float]:
         """Metrics of what has been read after so many samples."""
@@ -96,6 +100,9 @@ class PreparedData(RunData):
 
     def _go_on(self, cursor: dict[str, Any] | None) -> int:
         return 0 if cursor is None else self.dataset.go_on(cursor)
+
+    def most_files(self) -> int:
+        return super().most_files() + sum(corpus.most_files for corpus in self.dataset.corpora.values())
 
     def shares(self, sample: int) -> dict[str, float]:
         return self.dataset.mixture.shares(sample)

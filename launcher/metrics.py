@@ -5,37 +5,76 @@ import logging
 import math
 import os
 import resource
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
+RETRY_S = 60.0  # between tries to draw again, after TensorBoard's folder could not be written
+
 
 class MetricsLog:
-    """Writes what rank 0 measures. After a resume, points behind the resumed step leave the curve but not the disk."""
+    """Writes what rank 0 measures. After a resume, points behind the resumed step leave the curve but not the disk.
+
+    No run ends for its numbers: once they cannot be written that is told, and tried again. Lines of metrics.jsonl are
+    kept until they can be; what TensorBoard was not given then is missing from its curves.
+    """
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
-        """resumed_step: optimizer steps that the loaded checkpoint has taken, 0 on a fresh run."""
+        """resumed_step: optimizer steps that the loaded checkpoint has taken, 0 on a fresh run. Raises OSError."""
         self.path = run_dir / "metrics.jsonl"
         _set_aside_after(self.path, resumed_step)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1, flush_secs=10)
+        self._pending = b""
+        self._folder = str(run_dir / "tensorboard")
+        self._board: SummaryWriter | None = SummaryWriter(self._folder, purge_step=resumed_step + 1, flush_secs=10)
+        self._next_try = 0.0
+        self._told: set[str] = set()
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Put named scalars at `step`. Names are `group/name`; TensorBoard shows a group together."""
         finite = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        self._pending += json.dumps({"step": step, **finite}).encode() + b"\n"
+        self._write_lines()
+
+        def draw(board: SummaryWriter) -> None:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+        self._draw(draw)
 
     def write_text(self, name: str, text: str, step: int) -> None:
-        self.board.add_text(name, text, step)
+        self._draw(lambda board: board.add_text(name, text, step))
 
     def close(self) -> None:
-        self.file.close()
-        self.board.close()
+        self._write_lines()
+        self._draw(lambda board: board.close())
+
+    def _write_lines(self) -> None:
+        try:
+            with open(self.path, "ab", buffering=0) as file:  # by its name each time: it may have been removed
+                while self._pending:
+                    self._pending = self._pending[file.write(self._pending) :]
+        except OSError as error:
+            self._tell(f"{self.path} cannot be written ({error}); its lines are kept until it can be")
+
+    def _draw(self, draw: Callable[[SummaryWriter], None]) -> None:
+        """Give TensorBoard something. Its thread breaks at the first error, which the calls after that raise."""
+        try:
+            if self._board is None and time.monotonic() >= self._next_try:
+                self._board = SummaryWriter(self._folder, flush_secs=10)
+            if self._board is not None:
+                draw(self._board)
+        except Exception as error:  # of any kind: of the disk, of what it makes of a value
+            self._board, self._next_try = None, time.monotonic() + RETRY_S
+            self._tell(f"TensorBoard in {self._folder} fails ({error}); what it misses is in {self.path}")
+
+    def _tell(self, text: str) -> None:
+        if (kind := text.partition(" (")[0]) not in self._told:
+            self._told.add(kind)
+            log.warning("%s", text)
 
 
 def _set_aside_after(path: Path, step: int) -> None:

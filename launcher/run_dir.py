@@ -64,12 +64,16 @@ def prepare_run_dir(cfg: RunConfig, needed_bytes: int) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0" * 4096)
         probe.unlink()
+        for folder in ("logs", "reads", "tensorboard"):
+            (run_dir / folder).mkdir(exist_ok=True)
+        for file in ("ledger.jsonl", "metrics.jsonl"):
+            open(run_dir / file, "ab").close()
         free = shutil.disk_usage(run_dir).free
     except OSError as error:
         with contextlib.suppress(OSError):
             probe.unlink()
         raise RunDirError(
-            f"{run_dir} cannot be written: {error.strerror or error}; choose another place with run.folder"
+            f"{error.filename or run_dir} cannot be written: {error.strerror or error}; choose another place with run.folder"
         ) from error
     if free < needed_bytes:
         raise RunDirError(
@@ -115,11 +119,18 @@ class Ledger:
         return any(event["event"] == "finished" and event.get("step") == step for event in self.events())
 
     def events(self) -> list[dict[str, Any]]:
-        """All whole lines that are events; one that a crash cut, or that something else wrote, is left out."""
+        """All whole lines that are events; one that a crash cut, or that something else wrote, is left out.
+
+        Raises RunDirError where they are there and cannot be read.
+        """
         try:
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise RunDirError(
+                f"{self.path} cannot be read: {error.strerror}; restore it, or use another run.name"
+            ) from None
         events = []
         for line in lines:
             with contextlib.suppress(json.JSONDecodeError):

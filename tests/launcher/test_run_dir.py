@@ -12,7 +12,7 @@ import pytest
 from launcher.metrics import MetricsLog, describe
 from launcher.pretrain import command
 from launcher.read_log import ReadLog, read_records
-from launcher.run_dir import Ledger
+from launcher.run_dir import Ledger, RunDirError
 
 RUBBISH = ["", "{", "3", "null", '{"step": null}', '["step"]', "\x00\x00", '{"st']
 
@@ -27,6 +27,14 @@ def test_rubbish_in_the_ledger_is_left_out(tmp_path, rubbish):
     ledger.add("finished", step=3)
     assert [event["event"] for event in ledger.events()] == ["start", "finished"]
     assert [ledger.tells_finished(step) for step in (0, 3, 4)] == [False, True, False]
+
+
+def test_a_ledger_that_cannot_be_read_is_no_empty_one(tmp_path):
+    (tmp_path / "ledger.jsonl").mkdir()
+    with pytest.raises(
+        RunDirError, match="ledger.jsonl cannot be read: Is a directory; restore it, or use another run.name"
+    ):
+        Ledger(tmp_path).events()
 
 
 @pytest.mark.parametrize("rubbish", RUBBISH)

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
+_EVENTS = re.compile(r"(events\.out\.tfevents\.)\d{10}(\..*)")
 RETRY_S = 60.0  # between tries to draw again, after TensorBoard's folder could not be written
 
 
@@ -28,8 +30,8 @@ class MetricsLog:
         self.path = run_dir / "metrics.jsonl"
         _set_aside_after(self.path, resumed_step)
         self._pending = b""
-        self._folder = str(run_dir / "tensorboard")
-        self._board: SummaryWriter | None = SummaryWriter(self._folder, purge_step=resumed_step + 1, flush_secs=10)
+        self._folder = run_dir / "tensorboard"
+        self._board: SummaryWriter | None = _new_board(self._folder, purge_step=resumed_step + 1)
         self._next_try = 0.0
         self._told: set[str] = set()
 
@@ -64,7 +66,7 @@ class MetricsLog:
         """Give TensorBoard something. Its thread breaks at the first error, which the calls after that raise."""
         try:
             if self._board is None and time.monotonic() >= self._next_try:
-                self._board = SummaryWriter(self._folder, flush_secs=10)
+                self._board = _new_board(self._folder)
             if self._board is not None:
                 draw(self._board)
         except Exception as error:  # of any kind: of the disk, of what it makes of a value
@@ -75,6 +77,19 @@ class MetricsLog:
         if (kind := text.partition(" (")[0]) not in self._told:
             self._told.add(kind)
             log.warning("%s", text)
+
+
+def _new_board(folder: Path, purge_step: int | None = None) -> SummaryWriter:
+    """A writer whose file TensorBoard reads after those that are there.
+
+    It reads them by name, and a name begins with the time. What is not older by the clock, which may have been set back
+    or be another machine's, would end the curve: it is given a number instead.
+    """
+    files = sorted(path for path in folder.glob("events.out.tfevents.*") if _EVENTS.fullmatch(path.name))
+    if any(int(path.name.split(".")[3]) >= int(time.time()) for path in files):
+        for number, path in enumerate(files):
+            path.rename(path.with_name(_EVENTS.sub(rf"\g<1>{number:010d}\2", path.name)))
+    return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
 
 
 def _set_aside_after(path: Path, step: int) -> None:

@@ -100,7 +100,7 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag, lease: Leas
         cfg.run_dir / "checkpoints",
         mesh,
         cfg.checkpoint,
-        on_done=lambda outcome: tell_saved(outcome, mesh, ledger),
+        on_done=lambda outcome: tell_saved(outcome, mesh, ledger, lease),
         before_commit=lambda: before_commit(reads, lease),
     )
     may_end = cfg.data.stream is not None and cfg.data.stream.epochs is not None
@@ -459,9 +459,9 @@ def before_commit(reads: ReadLog, lease: Lease | None) -> None:
         raise OSError(lost)
 
 
-def tell_saved(outcome: Outcome, mesh: Mesh, ledger: Ledger) -> None:
+def tell_saved(outcome: Outcome, mesh: Mesh, ledger: Ledger, lease: Lease | None) -> None:
     """Called in the writer's thread on every rank."""
-    if mesh.rank != 0:
+    if mesh.rank != 0 or (lease is not None and lease.lost() is not None):  # then the ledger is another job's
         return
     if outcome.error is not None:
         ledger.add("checkpoint_failed", step=outcome.step, error=hide(outcome.error)[:500])

@@ -8,13 +8,16 @@ import sys
 import textwrap
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from launcher import lease
 from launcher.lease import GONE, Holder, Lease, LeaseLost, _parse, _record, _Watch, sole_writer, this_process
-from launcher.run_dir import RunDirError
+from launcher.pretrain import tell_saved
+from launcher.run_dir import Ledger, RunDirError
 from parallel.checkpoint import committed_steps
+from parallel.checkpoint_writer import Outcome
 from runs import ROOT, environment, kill, rank_pids, start, torchrun, wait_for_step, write_recipe
 
 
@@ -337,6 +340,19 @@ def test_who_took_a_number_that_was_free_again_steps_back(tmp_path):
     assert [path.name for path in (tmp_path / "lease").iterdir()] == ["00000005.json"]
 
 
+@pytest.mark.parametrize("error", [None, "OSError: no longer this job's"])
+def test_a_save_that_ends_after_the_folder_was_lost_is_not_in_its_ledger(tmp_path, error):
+    """The process was stopped while its thread wrote."""
+    ledger, rank_0 = Ledger(tmp_path), SimpleNamespace(rank=0)
+    with sole_writer(tmp_path) as mine:
+        tell_saved(Outcome(5, tmp_path, 1, 0.1), rank_0, ledger, mine)
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        leave(tmp_path, number=2)
+        tell_saved(Outcome(10, tmp_path, 1, 0.1, error), rank_0, ledger, mine)
+    signal.signal(signal.SIGTERM, before)
+    assert [event["step"] for event in ledger.events()] == [5]
+
+
 @pytest.mark.slow
 def test_a_run_that_was_stopped_and_comes_back_saves_no_more(tmp_path, corpus):
     """Two ranks in a PID namespace of their own, so on another machine as the lease has it, stopped until it is taken."""
@@ -346,7 +362,7 @@ def test_a_run_that_was_stopped_and_comes_back_saves_no_more(tmp_path, corpus):
         pytest.skip(f"needs the right to make a namespace: {allowed.stderr.decode().strip()}")
     recipe, run_dir = write_recipe(tmp_path, corpus), tmp_path / "runs/test"
     log = tmp_path / "log"
-    ranks = torchrun(2, "--config", recipe, "train.steps=100000", "log.every=1", "eval.every=0")
+    ranks = torchrun(2, "--config", recipe, "train.steps=100000", "checkpoint.every=100000", "eval.every=0")
     process = start([*namespace, *ranks], log)
     try:
         wait_for_step(run_dir, 12, process)
@@ -354,7 +370,6 @@ def test_a_run_that_was_stopped_and_comes_back_saves_no_more(tmp_path, corpus):
         assert len(pids) == 2
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
-        saved = committed_steps(run_dir / "checkpoints")
         ledger = (run_dir / "ledger.jsonl").read_bytes()
         with sole_writer(run_dir, wait_s=0):
             for pid in pids:
@@ -363,7 +378,7 @@ def test_a_run_that_was_stopped_and_comes_back_saves_no_more(tmp_path, corpus):
             text = log.read_text()
             assert f"was taken by another job (host {os.uname().nodename}, pid {os.getpid()}, " in text
             assert "it stops without saving again" in text
-            assert committed_steps(run_dir / "checkpoints") == saved
+            assert committed_steps(run_dir / "checkpoints") == []  # it would have saved as it was asked to stop
             assert (run_dir / "ledger.jsonl").read_bytes() == ledger
     finally:
         if process.poll() is None:

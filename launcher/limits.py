@@ -3,9 +3,7 @@
 import resource
 import threading
 
-FILES = (
-    100  # that a rank has open besides shards and connections: measured 24, and libraries that open some for a moment
-)
+FILES = 100  # of a rank besides shards and connections: measured 24, and libraries open some for a moment
 CONNECTIONS = 4  # to each other rank, one in each process group: measured over gloo
 THREADS = 64  # of a rank: measured 16, and what torch, a driver or a library starts for its own
 

@@ -155,10 +155,10 @@ class CheckpointWriter:
         """Run `work` on this rank and gather what every rank got; a failure of one is a SaveFailed on all."""
         try:
             outcome: tuple[Any, str | None, bool] = (work(), None, False)
-        except OSError as error:
-            outcome = (None, f"{type(error).__name__}: {error}", False)
         except NotFinite as error:
             outcome = (None, str(error), True)
+        except Exception as error:  # of any kind: a rank that left here would leave the others waiting for it
+            outcome = (None, f"{type(error).__name__}: {error}", False)
         outcomes = self._mesh.gather(outcome)
         failed = [(rank, text) for rank, (_, text, _) in enumerate(outcomes) if text is not None]
         if failed:

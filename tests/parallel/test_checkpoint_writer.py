@@ -100,16 +100,18 @@ def test_the_training_goes_on_meanwhile(tmp_path, monkeypatch):
         assert CheckpointReader(tmp_path / f"step-0000000{step}").tensor("w").tolist() == [first + i for i in range(4)]
 
 
-def test_a_write_that_fails_leaves_nothing_and_the_next_succeeds(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("no memory for the file")])
+def test_a_write_that_fails_leaves_nothing_and_the_next_succeeds(tmp_path, monkeypatch, error):
+    """Whatever kind of error it is, the ranks agree on it; one that did not would leave the others waiting."""
     runs, write = Runs(tmp_path), module.save_file
     runs.save(1)
 
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(module, "save_file", full)
     outcome = runs.save(2)
-    assert "writing the checkpoint failed on 1 of 1 ranks; rank 0: OSError: [Errno 28] No space left" in outcome.error
+    assert outcome.error == f"writing the checkpoint failed on 1 of 1 ranks; rank 0: {type(error).__name__}: {error}"
     assert not outcome.not_finite
     assert runs.writer.failures == 1
     assert names(tmp_path) == ["latest", "step-00000001"]

@@ -14,8 +14,7 @@ import shutil
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,12 +33,11 @@ from launcher.read_log import ReadLog
 from launcher.redaction import HidingFormatter, hide
 from launcher.run_data import AnyLoader, RunData, open_data
 from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, refuse_other_config, save_config
+from launcher.saving import Progress, Saves, resume
 from launcher.signals import StopFlag, signal_name
-from model.init import initial_values
 from model.transformer import Transformer
 from parallel import device
-from parallel.checkpoint import CheckpointError, CheckpointReader, Manifest, ZeroMoments, committed_steps, newest_good
-from parallel.checkpoint_writer import CheckpointWriter, Outcome
+from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps
 from parallel.deepspeed_config import check_passthrough, deepspeed_config
 from parallel.engine import Engine, UpdateResult, parallelize
 from parallel.mesh import LaunchError, Mesh, Place, build_mesh, check_device, close_mesh, place_from_environment
@@ -47,19 +45,7 @@ from parallel.optim import lr_at
 
 log = logging.getLogger("longhaul")
 
-CLOSE_S = 60.0  # for the save under way when a run breaks; another rank may be gone that it waits for
 STOPPED = 75  # EX_TEMPFAIL: saved and not finished; whoever started it may start it again
-
-
-@dataclass
-class Progress:
-    """What a run has behind it; saved with every checkpoint."""
-
-    step: int = 0  # optimizer steps, skipped updates included
-    tokens: int = 0  # targets trained on
-    train_s: float = 0.0  # seconds of steps
-    skipped: int = 0  # updates left out because gradients were not finite
-    skipped_in_a_row: int = 0
 
 
 @dataclass
@@ -96,25 +82,19 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag, lease: Leas
     metrics = MetricsLog(cfg.run_dir, progress.step) if mesh.rank == 0 else None
     if mesh.rank == 0:
         announce(cfg, mesh, ledger, metrics, start, progress, data, loader)
-    writer = CheckpointWriter(
-        cfg.run_dir / "checkpoints",
-        mesh,
-        cfg.checkpoint,
-        on_done=lambda outcome: tell_saved(outcome, mesh, ledger, lease),
-        before_commit=lambda: before_commit(reads, lease),
-    )
+    saves = Saves(cfg, engine, loader, reads, ledger, lease)
     may_end = cfg.data.stream is not None and cfg.data.stream.epochs is not None
-    clock, overall, stopped_by, valid, failed_saves, retry_step = Clock(), Clock(), 0, {}, 0, 0
+    clock, overall, stopped_by, valid = Clock(), Clock(), 0, {}
     try:
         if progress.step >= cfg.train.steps:  # killed before it could tell its end, or told to end where it stands
             shares = data.shares(loader.cursor()["samples"] - cfg.global_batch_size)
             valid = evaluate(cfg, engine, data.valid, shares, metrics, progress.step)
             write_samples(cfg, engine, data.tokenizer, metrics, progress.step)
         while progress.step < cfg.train.steps and not stopped_by:
-            vote = mesh.agree_max(stop.signal_number, writer.failures)  # travels while the step computes
+            vote = mesh.agree_max(stop.signal_number, saves.failures)  # travels while the step computes
             began = time.perf_counter()
             if may_end and mesh.agree_max(int(loader.at_end())).result()[0]:
-                save_and_wait(cfg, engine, loader, progress, writer, metrics, lease)
+                saves.finish(progress)
                 raise StreamEnd(end_of_stream(cfg, progress))
             batch = next(loader)
             clock.data_wait_s += time.perf_counter() - began
@@ -139,25 +119,23 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag, lease: Leas
                 shares = data.shares(batch.span[0])
                 valid = evaluate(cfg, engine, data.valid, shares, metrics, progress.step)
                 write_samples(cfg, engine, data.tokenizer, metrics, progress.step)
-            if failures > failed_saves:
-                failed_saves, retry_step = failures, progress.step + cfg.checkpoint.retry_every
-                check_finite(writer)
-            if last or stopped_by:
-                save_and_wait(cfg, engine, loader, progress, writer, metrics, lease)
-            elif due(progress.step, cfg.checkpoint.every) or progress.step == retry_step:
-                save(cfg, engine, loader, progress, writer, metrics, lease)
+            saves.heed(failures, progress.step)
+            if last or stopped_by or saves.due(progress.step):
+                stall_s = saves.finish(progress) if last or stopped_by else saves.begin(progress)
+                if metrics is not None and stall_s is not None:
+                    metrics.write(progress.step, {"speed/checkpoint_stall_s": stall_s})
             if overall.steps == 1:
                 gc.collect()
                 gc.freeze()  # what lives now lives to the end; collections need not look at it again
     except BaseException as error:
         if mesh.rank == 0 and not isinstance(error, LeaseLost):  # then the ledger is another job's
             ledger.add(
-                "failed", step=progress.step, saved_step=writer.committed_step,
+                "failed", step=progress.step, saved_step=saves.committed_step,
                 error=hide(f"{type(error).__name__}: {error}")[:500],
             )  # fmt: skip
         raise
     finally:
-        writer.wait(CLOSE_S)
+        saves.close()
         loader.close()
         reads.close()
         if metrics is not None:
@@ -242,23 +220,6 @@ def build_engine(cfg: RunConfig, mesh: Mesh) -> Engine:
         grad_clip=cfg.optim.grad_clip,
     )
     return parallelize(lambda: Transformer(cfg.model), cfg.parallel, cfg.optim, ds_config, mesh)
-
-
-def resume(cfg: RunConfig, engine: Engine) -> tuple[Progress, dict[str, Any] | None]:
-    """Load the newest good checkpoint, or initial weights if there is none; returns progress and data cursor."""
-    reader = newest_good(cfg.run_dir / "checkpoints", engine.mesh)
-    if reader is None:
-
-        def weights(name: str, first: int, stop: int) -> Tensor:
-            return initial_values(name, engine.shapes[name], cfg.model, cfg.run.seed, first, stop)
-
-        engine.load_state(ZeroMoments(weights), adam_steps=0)
-        return Progress(), None
-    reader.check_shapes(engine.shapes)
-    manifest = reader.manifest
-    engine.load_state(reader, manifest.adam_steps, manifest.loss_scaler)
-    log.info("resumed from %s, written by %d ranks with ZeRO %d", reader.path, manifest.world_size, manifest.zero_stage)
-    return Progress(step=manifest.step, **manifest.totals), manifest.cursor
 
 
 def announce(
@@ -386,95 +347,6 @@ def log_step(
     shown = ["loss/train", "optim/grad_norm", "optim/lr", "speed/tokens_per_s", "speed/mfu", "speed/data_wait_s"]
     log.info("step %*d/%d  %s  left %s", len(str(cfg.train.steps)), progress.step, cfg.train.steps,
              describe(values, shown), f"{left_s / 60:.1f} min")  # fmt: skip
-
-
-def save(
-    cfg: RunConfig,
-    engine: Engine,
-    loader: AnyLoader,
-    progress: Progress,
-    writer: CheckpointWriter,
-    metrics: MetricsLog | None,
-    lease: Lease | None,
-) -> None:
-    """Begin to write a checkpoint, all ranks together; what the step waits for is a copy in host memory.
-
-    Raises LeaseLost if the folder is another job's.
-    """
-    if (lost := engine.mesh.broadcast(lease.lost() if lease is not None else None)) is not None:
-        raise LeaseLost(lost)
-    manifest = Manifest(
-        step=progress.step,
-        adam_steps=engine.adam_steps,
-        world_size=engine.mesh.world_size,
-        zero_stage=cfg.parallel.zero_stage,
-        shapes={name: list(shape) for name, shape in engine.shapes.items()},
-        files={},
-        cursor=loader.merge_cursors(engine.mesh.gather(loader.cursor())),
-        config=cfg.model_dump(mode="json"),
-        loss_scaler=engine.loss_scaler_state(),
-        totals={key: value for key, value in asdict(progress).items() if key != "step"},
-        versions={name: version(name) for name in ("torch", "deepspeed", "longhaul")},
-    )
-    stall_s = writer.save(engine, manifest)
-    if metrics is not None:
-        metrics.write(progress.step, {"speed/checkpoint_stall_s": stall_s})
-
-
-def save_and_wait(
-    cfg: RunConfig,
-    engine: Engine,
-    loader: AnyLoader,
-    progress: Progress,
-    writer: CheckpointWriter,
-    metrics: MetricsLog | None,
-    lease: Lease | None,
-) -> None:
-    """The checkpoint with which a start ends. Raises CheckpointError when it cannot be written."""
-    if writer.wait() is None or writer.committed_step != progress.step:
-        save(cfg, engine, loader, progress, writer, metrics, lease)
-    outcome = writer.wait()
-    check_finite(writer)
-    if outcome is not None and outcome.error is not None:
-        raise CheckpointError(
-            f"the last checkpoint of this start, of step {progress.step}, could not be written: {outcome.error}. The run "
-            f"goes on from step {writer.committed_step} when it is started again"
-        )
-
-
-def check_finite(writer: CheckpointWriter) -> None:
-    """Raise FloatingPointError where a save found broken weights: no step after it can mend them."""
-    outcome = writer.wait()
-    if outcome is not None and outcome.not_finite:
-        raise FloatingPointError(
-            f"step {outcome.step} was not saved: {outcome.error}. The run goes on from step {writer.committed_step} when it "
-            "is started again; with the same data and settings it comes here again"
-        )
-
-
-def before_commit(reads: ReadLog, lease: Lease | None) -> None:
-    """Called in the writer's thread on every rank. Raises OSError when the checkpoint must not become one."""
-    reads.sync()
-    if lease is not None and (lost := lease.lost()) is not None:
-        raise OSError(lost)
-
-
-def tell_saved(outcome: Outcome, mesh: Mesh, ledger: Ledger, lease: Lease | None) -> None:
-    """Called in the writer's thread on every rank."""
-    if mesh.rank != 0 or (lease is not None and lease.lost() is not None):  # then the ledger is another job's
-        return
-    if outcome.error is not None:
-        ledger.add("checkpoint_failed", step=outcome.step, error=hide(outcome.error)[:500])
-        log.error("step %d could NOT be saved, training goes on: %s", outcome.step, outcome.error)
-        return
-    ledger.add(
-        "checkpoint",
-        step=outcome.step,
-        write_s=round(outcome.write_s, 3),
-        bytes=outcome.n_bytes,
-        path=str(outcome.path),
-    )
-    log.info("step %d  saved %s in %.2f s", outcome.step, outcome.path, outcome.write_s)
 
 
 def conclude(

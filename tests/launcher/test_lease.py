@@ -8,14 +8,13 @@ import sys
 import textwrap
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 
 from launcher import lease
 from launcher.lease import GONE, Holder, Lease, LeaseLost, _parse, _record, _Watch, sole_writer, this_process
-from launcher.pretrain import tell_saved
 from launcher.run_dir import Ledger, RunDirError
+from launcher.saving import tell_saved
 from parallel.checkpoint import committed_steps
 from parallel.checkpoint_writer import Outcome
 from runs import ROOT, environment, kill, rank_pids, start, torchrun, wait_for_step, write_recipe
@@ -343,12 +342,12 @@ def test_who_took_a_number_that_was_free_again_steps_back(tmp_path):
 @pytest.mark.parametrize("error", [None, "OSError: no longer this job's"])
 def test_a_save_that_ends_after_the_folder_was_lost_is_not_in_its_ledger(tmp_path, error):
     """The process was stopped while its thread wrote."""
-    ledger, rank_0 = Ledger(tmp_path), SimpleNamespace(rank=0)
+    ledger = Ledger(tmp_path)
     with sole_writer(tmp_path) as mine:
-        tell_saved(Outcome(5, tmp_path, 1, 0.1), rank_0, ledger, mine)
+        tell_saved(Outcome(5, tmp_path, 1, 0.1), ledger, mine)
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         leave(tmp_path, number=2)
-        tell_saved(Outcome(10, tmp_path, 1, 0.1, error), rank_0, ledger, mine)
+        tell_saved(Outcome(10, tmp_path, 1, 0.1, error), ledger, mine)
     signal.signal(signal.SIGTERM, before)
     assert [event["step"] for event in ledger.events()] == [5]
 

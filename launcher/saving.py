@@ -1,0 +1,178 @@
+"""What a checkpoint of a run holds beside weights and moments, and when one is written, retried, waited for or refused.
+
+The bytes are written by parallel/checkpoint_writer.py, in the format of parallel/checkpoint.py.
+"""
+
+import logging
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+from torch import Tensor
+
+from launcher.config import RunConfig
+from launcher.lease import Lease, LeaseLost
+from launcher.read_log import ReadLog
+from launcher.redaction import hide
+from launcher.run_data import AnyLoader
+from launcher.run_dir import Ledger
+from model.init import initial_values
+from parallel.checkpoint import CheckpointError, Manifest, ZeroMoments, newest_good
+from parallel.checkpoint_writer import CheckpointWriter, Outcome
+from parallel.engine import Engine
+
+log = logging.getLogger(__name__)
+
+CLOSE_S = 60.0  # for the save under way when a run breaks; another rank may be gone that it waits for
+
+
+@dataclass
+class Progress:
+    """What a run has behind it; saved with every checkpoint."""
+
+    step: int = 0  # optimizer steps, skipped updates included
+    tokens: int = 0  # targets trained on
+    train_s: float = 0.0  # seconds of steps
+    skipped: int = 0  # updates left out because gradients were not finite
+    skipped_in_a_row: int = 0
+
+
+def resume(cfg: RunConfig, engine: Engine) -> tuple[Progress, dict[str, Any] | None]:
+    """Load the newest good checkpoint, or initial weights if there is none; returns progress and data cursor."""
+    reader = newest_good(cfg.run_dir / "checkpoints", engine.mesh)
+    if reader is None:
+
+        def weights(name: str, first: int, stop: int) -> Tensor:
+            return initial_values(name, engine.shapes[name], cfg.model, cfg.run.seed, first, stop)
+
+        engine.load_state(ZeroMoments(weights), adam_steps=0)
+        return Progress(), None
+    reader.check_shapes(engine.shapes)
+    manifest = reader.manifest
+    engine.load_state(reader, manifest.adam_steps, manifest.loss_scaler)
+    log.info("resumed from %s, written by %d ranks with ZeRO %d", reader.path, manifest.world_size, manifest.zero_stage)
+    return Progress(step=manifest.step, **manifest.totals), manifest.cursor
+
+
+class Saves:
+    """The checkpoints that one start of a run writes. All ranks make the same calls."""
+
+    def __init__(
+        self, cfg: RunConfig, engine: Engine, loader: AnyLoader, reads: ReadLog, ledger: Ledger, lease: Lease | None
+    ) -> None:
+        """lease: of rank 0, None on the others."""
+        self._cfg, self._engine, self._loader = cfg, engine, loader
+        self._reads, self._ledger, self._lease = reads, ledger, lease
+        self._writer = CheckpointWriter(
+            cfg.run_dir / "checkpoints",
+            engine.mesh,
+            cfg.checkpoint,
+            on_done=self._tell,
+            before_commit=self._before_commit,
+        )
+        self._known_failures = self._retry_step = 0
+
+    @property
+    def committed_step(self) -> int:
+        """Of the newest checkpoint."""
+        return self._writer.committed_step
+
+    @property
+    def failures(self) -> int:
+        """Saves that have failed so far, as far as this rank knows: ranks must agree on it before they act on it."""
+        return self._writer.failures
+
+    def heed(self, failures: int, step: int) -> None:
+        """Have a failed save tried again checkpoint.retry_every steps later. Raises FloatingPointError as finish does.
+
+        failures: the number that all ranks have agreed on, at optimizer step `step`.
+        """
+        if failures > self._known_failures:
+            self._known_failures, self._retry_step = failures, step + self._cfg.checkpoint.retry_every
+            self._check_finite()
+
+    def due(self, step: int) -> bool:
+        return step % self._cfg.checkpoint.every == 0 or step == self._retry_step
+
+    def begin(self, progress: Progress) -> float:
+        """Begin to write a checkpoint. Returns the seconds that training waited: for a copy in host memory.
+
+        Raises LeaseLost if the folder is another job's.
+        """
+        engine, lease = self._engine, self._lease
+        if (lost := engine.mesh.broadcast(lease.lost() if lease is not None else None)) is not None:
+            raise LeaseLost(lost)
+        manifest = Manifest(
+            step=progress.step,
+            adam_steps=engine.adam_steps,
+            world_size=engine.mesh.world_size,
+            zero_stage=self._cfg.parallel.zero_stage,
+            shapes={name: list(shape) for name, shape in engine.shapes.items()},
+            files={},
+            cursor=self._loader.merge_cursors(engine.mesh.gather(self._loader.cursor())),
+            config=self._cfg.model_dump(mode="json"),
+            loss_scaler=engine.loss_scaler_state(),
+            totals={key: value for key, value in asdict(progress).items() if key != "step"},
+            versions={name: version(name) for name in ("torch", "deepspeed", "longhaul")},
+        )
+        return self._writer.save(engine, manifest)
+
+    def finish(self, progress: Progress) -> float | None:
+        """Write the checkpoint with which a start ends, and wait for it; None if it was there already, else as begin.
+
+        Raises CheckpointError when it cannot be written, and FloatingPointError where weights are not finite: no step
+        after it can mend them.
+        """
+        stall_s = None
+        if self._writer.wait() is None or self.committed_step != progress.step:
+            stall_s = self.begin(progress)
+        outcome = self._writer.wait()
+        self._check_finite()
+        if outcome is not None and outcome.error is not None:
+            raise CheckpointError(
+                f"the last checkpoint of this start, of step {progress.step}, could not be written: {outcome.error}. "
+                f"The run goes on from step {self.committed_step} when it is started again"
+            )
+        return stall_s
+
+    def close(self) -> None:
+        """Wait a while for the save under way."""
+        self._writer.wait(CLOSE_S)
+
+    def _check_finite(self) -> None:
+        outcome = self._writer.wait()
+        if outcome is not None and outcome.not_finite:
+            raise FloatingPointError(
+                f"step {outcome.step} was not saved: {outcome.error}. The run goes on from step {self.committed_step} "
+                "when it is started again; with the same data and settings it comes here again"
+            )
+
+    # -- in the writer's thread, on every rank -------------------------------------------------------------------------
+
+    def _before_commit(self) -> None:
+        """Raises OSError when the checkpoint must not become one."""
+        self._reads.sync()
+        if self._lease is not None and (lost := self._lease.lost()) is not None:
+            raise OSError(lost)
+
+    def _tell(self, outcome: Outcome) -> None:
+        if self._engine.mesh.rank == 0:
+            tell_saved(outcome, self._ledger, self._lease)
+
+
+def tell_saved(outcome: Outcome, ledger: Ledger, lease: Lease | None) -> None:
+    """Rank 0 says how a save ended, unless the ledger is another job's by now."""
+    if lease is not None and lease.lost() is not None:
+        return
+    if outcome.error is not None:
+        ledger.add("checkpoint_failed", step=outcome.step, error=hide(outcome.error)[:500])
+        log.error("step %d could NOT be saved, training goes on: %s", outcome.step, outcome.error)
+        return
+    ledger.add(
+        "checkpoint",
+        step=outcome.step,
+        write_s=round(outcome.write_s, 3),
+        bytes=outcome.n_bytes,
+        path=str(outcome.path),
+    )
+    log.info("step %d  saved %s in %.2f s", outcome.step, outcome.path, outcome.write_s)

@@ -7,7 +7,7 @@ process group exists.
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
@@ -30,6 +30,29 @@ class RunSection(BaseModel, frozen=True, extra="forbid", strict=True):
     seed: int = Field(0, ge=0, lt=2**63)  # of initial weights and dropout; the order of data has data.seed
 
 
+class BadStepConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """What is done about a bad step, by its kind.
+
+    log: say so, with its documents.    skip: its update is left out on all ranks alike.    rewind: back to the newest
+    checkpoint, and its samples are left out.
+    """
+
+    not_finite: Literal["skip", "rewind"] = "skip"  # loss or gradient is NaN or infinite; no such update is ever made
+    loss_spike: Literal["log", "skip", "rewind"] = "log"
+    grad_spike: Literal["log", "skip", "rewind"] = "log"  # of the gradient's norm before clipping
+    sigma: float = Field(8.0, gt=0, allow_inf_nan=False)  # standard deviations above the median that make a spike
+    window: int = Field(
+        128, ge=8, le=65_536
+    )  # steps that the median is taken of; none is a spike before they are there
+    leave_out: PositiveInt = 1  # steps whose samples a rewind leaves out: the bad one and those right before it
+    max_rewinds: PositiveInt = 5  # of the whole run; then it stops
+    max_skipped_in_a_row: PositiveInt = 20  # updates; then the run stops
+
+    @property
+    def may_rewind(self) -> bool:
+        return "rewind" in (self.not_finite, self.loss_spike, self.grad_spike)
+
+
 class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How long, and how much at a time. The batch is said once; accumulation is derived."""
 
@@ -37,7 +60,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     global_batch_size: PositiveInt | None = None  # sequences a step, over all ranks; or:
     tokens_per_step: PositiveInt | None = None  # tokens a step, over all ranks
     micro_batch_size: PositiveInt = 1  # sequences, one rank, one forward
-    max_skipped_in_a_row: PositiveInt = 20  # updates left out for non-finite gradients before the run stops
+    bad_steps: BadStepConfig = BadStepConfig()
 
     @model_validator(mode="after")
     def _batch_is_said_once(self) -> Self:
@@ -92,6 +115,17 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             wrong.append(
                 f"optim.warmup_steps={self.optim.warmup_steps} and optim.decay_steps={self.optim.decay_steps} "
                 f"do not fit into train.steps={self.train.steps}; make them at most {self.train.steps} together"
+            )
+        bad_steps = self.train.bad_steps
+        if bad_steps.may_rewind and self.data.stream is not None:
+            wrong.append(
+                "train.bad_steps: got rewind with data.stream; raw text that was read cannot be left out afterwards: use "
+                "skip, or a prepared corpus"
+            )
+        if bad_steps.not_finite == "rewind" and self.parallel.precision == "fp16":
+            wrong.append(
+                "train.bad_steps.not_finite: got rewind with parallel.precision=fp16; there gradients overflow by design "
+                "whenever the loss scale is tried higher: use skip"
             )
         if wrong:
             raise ValueError("\n".join(wrong))
@@ -262,7 +296,7 @@ def to_yaml(cfg: RunConfig) -> str:
 
 
 # What a resumed run may be given anew: where it runs and what it writes, not what it computes.
-_MAY_CHANGE = ("parallel.", "checkpoint.", "log.", "eval.", "train.micro_batch_size", "train.max_skipped_in_a_row",
+_MAY_CHANGE = ("parallel.", "checkpoint.", "log.", "eval.", "train.micro_batch_size", "train.bad_steps.",
                "run.folder", "run.name", "data.workers", "data.stream.workers", "data.corpus", "data.cache.", "data.on_bad",
                "data.max_bad", "data.max_document_bytes", "data.shard_bytes", "data.valid_fraction")  # fmt: skip
 

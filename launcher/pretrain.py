@@ -8,13 +8,13 @@ signal after saving, start it again to go on; anything else failed.
 import argparse
 import gc
 import logging
-import math
 import os
 import shutil
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +24,8 @@ from torch import Tensor
 from data.errors import DataError
 from data.lanes import StreamEnd
 from data.loader import StepBatch
+from launcher import bad_steps
+from launcher.bad_steps import BadStep, Judge, Rewind
 from launcher.config import ConfigError, RunConfig, load_config, to_yaml
 from launcher.evaluation import evaluate, write_samples
 from launcher.lease import Lease, LeaseLost, sole_writer
@@ -63,19 +65,23 @@ class Clock:
         self.tokens += tokens
 
 
-@dataclass
+@dataclass(frozen=True)
 class Stats:
     """One step as this rank saw it."""
 
-    losses: list[Tensor] = field(default_factory=list)  # per micro-batch: sum of token losses, nats, on the device
-    update: UpdateResult | None = None
+    losses: list[Tensor]  # per micro-batch: sum of token losses, nats, on the device
+    loss: float  # mean over the step's targets on all ranks, nats
+    update: UpdateResult
+    bad: BadStep | None
 
 
-def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag, lease: Lease | None) -> int:
-    """The whole run, from wherever it stands to its last step or to a request to stop. Returns the exit code."""
-    ledger = Ledger(cfg.run_dir)
+def train(cfg: RunConfig, data: RunData, engine: Engine, ledger: Ledger, stop: StopFlag, lease: Lease | None) -> int:
+    """The whole run, from wherever it stands to its last step or to a request to stop. Returns the exit code.
+
+    Raises Rewind where it is to be begun again from its newest checkpoint.
+    """
+    mesh = engine.mesh
     start = configure_logging(cfg, mesh, ledger)
-    engine = build_engine(cfg, mesh)
     progress, cursor = resume(cfg, engine)
     loader = data.loader(cfg, mesh, cursor)
     reads = ReadLog(cfg.run_dir, start, mesh.dp_rank)
@@ -83,6 +89,8 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag, lease: Leas
     if mesh.rank == 0:
         announce(cfg, mesh, ledger, metrics, start, progress, data, loader)
     saves = Saves(cfg, engine, loader, reads, ledger, lease)
+    judge = Judge(cfg.train.bad_steps, progress.losses, progress.grad_norms)
+    spans = deque[tuple[int, int]](maxlen=cfg.train.bad_steps.leave_out)  # of the last steps' samples
     may_end = cfg.data.stream is not None and cfg.data.stream.epochs is not None
     clock, overall, stopped_by, valid = Clock(), Clock(), 0, {}
     try:
@@ -99,11 +107,17 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag, lease: Leas
             batch = next(loader)
             clock.data_wait_s += time.perf_counter() - began
             reads.add(progress.step + 1, batch)
+            spans.append(batch.span)
             n_targets = batch.n_targets if loader.fixed_targets else int(mesh.sum([batch.n_targets])[0])
             seed_step(cfg.run.seed, progress.step, mesh.dp_rank)
-            stats = train_step(engine, batch, n_targets, lr_at(progress.step, cfg.train.steps, cfg.optim))
+            stats = train_step(engine, batch, n_targets, lr_at(progress.step, cfg.train.steps, cfg.optim), judge)
             progress.step += 1
-            note_skipped(cfg, progress, stats, batch, loader, mesh)
+            note_step(progress, stats, judge)
+            if stats.bad is not None:
+                if mesh.rank == 0:
+                    ledger.add("bad_step", step=progress.step, **asdict(stats.bad))
+                bad_steps.tell(progress.step, stats.bad, stats.update.made, stats.losses, batch, loader, mesh)
+                bad_steps.give_up_or_rewind(cfg, progress, stats.bad, spans, saves, data.rewinds)
             progress.tokens += n_targets
             progress.train_s += time.perf_counter() - began
             for c in (clock, overall):
@@ -111,7 +125,7 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag, lease: Leas
             stopped_by, failures = vote.result()  # every rank leaves at the same step
             last = progress.step == cfg.train.steps
             if due(progress.step, cfg.log.every) or last:
-                log_step(cfg, mesh, metrics, progress, stats, n_targets, clock)
+                log_step(cfg, mesh, metrics, progress, stats, clock)
                 if metrics is not None:
                     metrics.write(progress.step, data.progress(batch.span[1]))
                 clock = Clock()
@@ -127,6 +141,10 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag, lease: Leas
             if overall.steps == 1:
                 gc.collect()
                 gc.freeze()  # what lives now lives to the end; collections need not look at it again
+    except Rewind as back:
+        if mesh.rank == 0:
+            ledger.add("rewind", step=back.step, saved_step=saves.committed_step, samples=back.samples)
+        raise
     except BaseException as error:
         if mesh.rank == 0 and not isinstance(error, LeaseLost):  # then the ledger is another job's
             ledger.add(
@@ -146,21 +164,30 @@ def train(cfg: RunConfig, data: RunData, mesh: Mesh, stop: StopFlag, lease: Leas
     return 0 if finished else STOPPED
 
 
-def train_step(engine: Engine, batch: StepBatch, n_targets: int, lr: float) -> Stats:
-    """One optimizer update: forward and backward for each micro-batch, then clip and update.
+def train_step(engine: Engine, batch: StepBatch, n_targets: int, lr: float, judge: Judge | None = None) -> Stats:
+    """One optimizer update: forward and backward for each micro-batch, then clip and update, if the judge lets it.
 
     n_targets: targets of the step that count, over all ranks.
     """
-    stats, where = Stats(), engine.mesh.device
+    losses, where = [], engine.mesh.device
     for a in range(len(batch.tokens)):  # (B, T) each
         parts = (
             (batch.tokens, batch.targets) if batch.documents is None else (batch.tokens, batch.targets, batch.documents)
         )
         loss = engine.forward(*(part[a].to(where, non_blocking=True) for part in parts))
         engine.backward(loss, n_targets)
-        stats.losses.append(loss.detach())
-    stats.update = engine.update(lr)
-    return stats
+        losses.append(loss.detach())
+    loss_sum = engine.mesh.sum_on_device(torch.stack(losses).double().sum())
+    verdicts: list[BadStep | None] = []
+
+    def veto(grad_norm: float) -> bool:
+        verdicts.append(judge.look(loss_sum.item() / n_targets, grad_norm) if judge is not None else None)
+        return verdicts[0] is not None and verdicts[0].policy != "log"
+
+    update = engine.update(lr, veto)
+    if not verdicts:  # DeepSpeed left the update out before it came to ask
+        veto(update.grad_norm)
+    return Stats(losses, loss_sum.item() / n_targets, update, verdicts[0])
 
 
 def end_of_stream(cfg: RunConfig, progress: Progress) -> str:
@@ -248,7 +275,7 @@ def announce(
         global_batch_size=cfg.global_batch_size,
         micro_batch_size=cfg.train.micro_batch_size,
         cursor=loader.cursor() if cfg.data.stream is None else None,  # a stream cannot be audited
-        skip=[entry.model_dump(mode="json", exclude_none=True) for entry in cfg.data.skip],
+        skip=[entry.model_dump(mode="json", exclude_none=True) for entry in data.skip],
     )
     metrics.write_text("config", f"```yaml\n{to_yaml(cfg)}\n```", progress.step)
     log.info(
@@ -273,37 +300,14 @@ def announce(
 # -- beside the steps ---------------------------------------------------------------------------------------------------
 
 
-def note_skipped(
-    cfg: RunConfig, progress: Progress, stats: Stats, batch: StepBatch, loader: AnyLoader, mesh: Mesh
-) -> None:
-    """Say which rank and which documents were in a step that DeepSpeed left out; too many in a row end the run.
-
-    All ranks come here alike: DeepSpeed agrees on whether gradients are finite.
-    """
-    assert stats.update is not None
-    if not stats.update.skipped:
+def note_step(progress: Progress, stats: Stats, judge: Judge) -> None:
+    """Count a step as one whose update was made, by which later ones are judged, or was left out."""
+    if stats.update.made:
         progress.skipped_in_a_row = 0
-        return
-    progress.skipped += 1
-    progress.skipped_in_a_row += 1
-    bad = [a for a, loss in enumerate(stats.losses) if not math.isfinite(loss.item())]
-    suspects = batch.samples[bad] if bad else batch.samples
-    what = f"loss not finite in micro-batches {bad}" if bad else "losses finite, the gradient is not"
-    counts = mesh.gather(len(bad))
-    if bad or not any(counts):  # the ranks whose loss broke speak; all do when none did
-        log.warning(
-            "step %d skipped, gradients not finite: rank %d, %s; samples %s; documents %s",
-            progress.step,
-            mesh.rank,
-            what,
-            suspects.ravel().tolist(),
-            loader.describe(suspects.ravel()),
-        )
-    if progress.skipped_in_a_row >= cfg.train.max_skipped_in_a_row:
-        raise FloatingPointError(
-            f"{progress.skipped_in_a_row} updates in a row had gradients that are not finite, up to step "
-            f"{progress.step}; the limit is train.max_skipped_in_a_row; the log names the documents of each"
-        )
+        judge.accept(stats.loss, stats.update.grad_norm)
+    else:
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
 
 
 def log_step(
@@ -312,21 +316,15 @@ def log_step(
     metrics: MetricsLog | None,
     progress: Progress,
     stats: Stats,
-    n_targets: int,
     clock: Clock,
 ) -> None:
-    """The numbers of this step, and the speed since the last logged one. All ranks take part in the loss's sum."""
-    assert stats.update is not None
-    (loss_sum,) = mesh.sum([torch.stack(stats.losses).double().sum().item()])
-    loss = loss_sum / n_targets  # token-weighted mean over ranks and micro-batches
-    if not math.isfinite(loss) and not stats.update.skipped and mesh.rank == 0:
-        log.warning("step %d: the loss is %s, gradients were finite", progress.step, loss)
+    """The numbers of this step, and the speed since the last logged one."""
     if metrics is None:
         return
     tokens_per_s = clock.tokens / clock.step_s
     flops = tokens_per_s / mesh.world_size * cfg.model.flops_per_token(cfg.model.seq_len)
     values = {
-        "loss/train": loss,
+        "loss/train": stats.loss,
         "optim/lr": lr_at(progress.step - 1, cfg.train.steps, cfg.optim),
         "optim/grad_norm": stats.update.grad_norm,
         "progress/tokens": progress.tokens,
@@ -423,9 +421,14 @@ def check(args: argparse.Namespace) -> tuple[RunConfig, Place, RunData]:
     check_device(cfg.parallel.precision)
     refuse_other_config(cfg, args.allow_change)
     check_threads()
-    data = open_data(cfg, *saved_position(cfg.run_dir / "checkpoints"), place.world_size)
+    data = open_again(cfg, place.world_size, Ledger(cfg.run_dir).left_out())
     allow_files(data.most_files(), place.world_size)
     return cfg, place, data
+
+
+def open_again(cfg: RunConfig, dp_size: int, left_out: list[tuple[int, int]]) -> RunData:
+    """The run's data as it is from the newest checkpoint on, or from the beginning."""
+    return open_data(cfg, *saved_position(cfg.run_dir / "checkpoints"), dp_size, left_out)
 
 
 def saved_position(checkpoints: Path) -> tuple[dict[str, Any] | None, int]:
@@ -466,9 +469,16 @@ def main(argv: list[str]) -> int:
 
 def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None) -> int:
     mesh = build_mesh(place, cfg.parallel.timeout_s)
-    stop = StopFlag()
+    stop, ledger, left_out = StopFlag(), Ledger(cfg.run_dir), Ledger(cfg.run_dir).left_out()
     try:
-        return train(cfg, data, mesh, stop, lease)
+        engine = build_engine(cfg, mesh)
+        while True:
+            try:
+                return train(cfg, data, engine, ledger, stop, lease)
+            except Rewind as back:  # as if it had been stopped there and started again
+                log.warning("%s; going back to the newest checkpoint", back)
+                left_out.append(back.samples)
+                data = open_again(cfg, mesh.dp_size, left_out)
     except (CheckpointError, FloatingPointError, DataError, LeaseLost) as error:
         log.error("%s", error)
         return 1

@@ -4,6 +4,7 @@ A run reads a prepared corpus, or with data.stream raw text. The train loop sees
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class RunData(ABC):
 
     tokenizer: Tokenizer
     valid: dict[str, Corpus]  # held-out text by source; empty when there is none
+    skip: list[SkipConfig] = []  # what is left out: by the config, and by rewinds
+    rewinds: int = 0  # that the run has made
     _not_evaluated: list[str] = []  # a line for each source whose held-out text is too short
 
     @abstractmethod
@@ -51,8 +54,12 @@ class RunData(ABC):
         """Metrics of what has been read after so many samples."""
 
 
-def open_data(cfg: RunConfig, cursor: dict[str, Any] | None, step: int, dp_size: int) -> RunData:
+def open_data(
+    cfg: RunConfig, cursor: dict[str, Any] | None, step: int, dp_size: int, left_out: Sequence[tuple[int, int]] = ()
+) -> RunData:
     """Open a run's data; cursor and step: of its newest checkpoint, None and 0 on a fresh run.
+
+    left_out: stretches of samples, first and last each, that the run has rewound behind.
 
     Raises DataError or ConfigError where they do not fit the config, the ranks, the cursor or the length of the run.
     """
@@ -63,18 +70,23 @@ def open_data(cfg: RunConfig, cursor: dict[str, Any] | None, step: int, dp_size:
             f"{cfg.run_dir} read raw text before, and data.stream is not set now; set it as config.yaml there has it, or "
             "use another run.name for a run on a prepared corpus"
         )
-    return PreparedData(cfg, cursor, step)
+    return PreparedData(cfg, cursor, step, left_out)
 
 
 class PreparedData(RunData):
     """The sources of a prepared corpus, mixed."""
 
-    def __init__(self, cfg: RunConfig, cursor: dict[str, Any] | None, step: int) -> None:
+    def __init__(
+        self, cfg: RunConfig, cursor: dict[str, Any] | None, step: int, left_out: Sequence[tuple[int, int]]
+    ) -> None:
+        self.skip = [*cfg.data.skip, *(SkipConfig(samples=stretch) for stretch in left_out)]
+        self.rewinds = len(left_out)
         starts = [event for event in Ledger(cfg.run_dir).events() if event["event"] == "start"]
         _check_steps(cfg, starts)
         self._skip_before = [SkipConfig.model_validate(e) for e in (starts[-1].get("skip", []) if starts else [])]
         self._stages = cfg.data.stages
-        self.dataset = Dataset.open(cfg.data, cfg.model.seq_len, cfg.global_batch_size)
+        data = cfg.data.model_copy(update={"skip": self.skip})
+        self.dataset = Dataset.open(data, cfg.model.seq_len, cfg.global_batch_size)
         self.valid, self._not_evaluated = open_valid(cfg.data, cfg.model.seq_len)
         self.tokenizer = CorpusFolder(cfg.data.corpus, reading(cfg.data, cfg.model.seq_len)).tokenizer()
         _check_vocabulary(cfg, self.tokenizer)

@@ -118,6 +118,14 @@ class Ledger:
         """Whether the run was evaluated and ended at this step."""
         return any(event["event"] == "finished" and event.get("step") == step for event in self.events())
 
+    def left_out(self) -> list[tuple[int, int]]:
+        """Stretches of samples that rewinds have left out, first and last each, in the order of the rewinds."""
+        return [
+            (int(event["samples"][0]), int(event["samples"][1]))
+            for event in self.events()
+            if event["event"] == "rewind"
+        ]
+
     def events(self) -> list[dict[str, Any]]:
         """All whole lines that are events; one that a crash cut, or that something else wrote, is left out.
 

@@ -4,7 +4,7 @@ The bytes are written by parallel/checkpoint_writer.py, in the format of paralle
 """
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -33,8 +33,10 @@ class Progress:
     step: int = 0  # optimizer steps, skipped updates included
     tokens: int = 0  # targets trained on
     train_s: float = 0.0  # seconds of steps
-    skipped: int = 0  # updates left out because gradients were not finite
+    skipped: int = 0  # updates left out
     skipped_in_a_row: int = 0
+    losses: list[float] = field(default_factory=list)  # of the last good steps: what the next are judged by
+    grad_norms: list[float] = field(default_factory=list)
 
 
 def resume(cfg: RunConfig, engine: Engine) -> tuple[Progress, dict[str, Any] | None]:
@@ -76,6 +78,11 @@ class Saves:
     def committed_step(self) -> int:
         """Of the newest checkpoint."""
         return self._writer.committed_step
+
+    def wait(self) -> int:
+        """Wait for the save under way; committed_step then, which is the same on all ranks."""
+        self._writer.wait()
+        return self.committed_step
 
     @property
     def failures(self) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
-from parallel.optim import OptimConfig, build_adamw
+from parallel.optim import OptimConfig, build_adamw, gate
 from parallel.recompute import apply_recompute
 from parallel.state import EXP_AVG, EXP_AVG_SQ, WEIGHT, Fragment, StateSource
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class UpdateResult:
     grad_norm: float  # global, before clipping; inf when it was not finite
-    skipped: bool  # the update was left out on all ranks because gradients were not finite
+    made: bool  # False: left out on all ranks, because gradients were not finite or at the caller's wish
 
 
 class Engine:
@@ -44,6 +44,9 @@ class Engine:
         self.shapes = {
             name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.parameters.items()
         }  # whole shapes, also under ZeRO 3
+        self._veto: Callable[[float], bool] = lambda grad_norm: False
+        self._vetoed: bool | None = None  # None: not asked yet in this update
+        gate(self._base_optimizer(), self._allowed)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -74,15 +77,25 @@ class Engine:
         if not self.ds.is_gradient_accumulation_boundary():
             self.ds.step()  # counts the micro-batch; the update comes with `update`
 
-    def update(self, lr: float) -> UpdateResult:
-        """Clip, and take one AdamW step at learning rate `lr`, after the last micro-batch of the step."""
+    def update(self, lr: float, veto: Callable[[float], bool] = lambda grad_norm: False) -> UpdateResult:
+        """Clip, and take one AdamW step at learning rate `lr`, after the last micro-batch of the step.
+
+        veto: given the global gradient norm before clipping; True leaves the update out. All ranks must answer alike.
+        """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
-        skipped = self.ds.skipped_steps
+        skipped, self._veto, self._vetoed = self.ds.skipped_steps, veto, None
         self.ds.step()
         norm = self.ds.get_global_grad_norm()
         norm = float(norm) if norm is not None else 0.0
-        return UpdateResult(norm if math.isfinite(norm) else math.inf, self.ds.skipped_steps > skipped)
+        made = self.ds.skipped_steps == skipped and not self._vetoed
+        return UpdateResult(norm if math.isfinite(norm) else math.inf, made)
+
+    def _allowed(self) -> bool:
+        """Asked by the optimizer, once for each part that DeepSpeed updates on its own; the first answer holds for all."""
+        if self._vetoed is None:
+            self._vetoed = self._veto(float(self.ds.optimizer._global_grad_norm))
+        return not self._vetoed
 
     # -- state ------------------------------------------------------------------------------------------------------
 

@@ -137,6 +137,11 @@ class Mesh:
         dist.all_reduce(tensor, group=self.control)
         return tensor.tolist()
 
+    def sum_on_device(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all ranks, in place, on the device; nothing waits for it before it is read."""
+        dist.all_reduce(value)
+        return value
+
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, by rank. Values are pickled between our own processes only."""
         values: list[Any] = [None] * self.world_size

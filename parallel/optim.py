@@ -1,7 +1,7 @@
 """AdamW, the learning-rate schedule and which parameters decay. The schedule is a function of the step, not a state."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -27,6 +27,8 @@ def lr_at(step: int, steps: int, cfg: OptimConfig) -> float:
 class CheckedAdamW(torch.optim.AdamW):
     """AdamW that measures the gradient norm, clips to it and skips an update whose gradients are not finite.
 
+    `allowed` is asked between the norm and the update, which is left out where it says no.
+
     For ZeRO 0 in fp32, where DeepSpeed steps the plain optimizer: there it clips but lets NaN into every weight.
     DeepSpeed reads `overflow` and `_global_grad_norm` after each step from whichever optimizer it drives.
     """
@@ -35,6 +37,7 @@ class CheckedAdamW(torch.optim.AdamW):
         super().__init__(groups, **kwargs)  # type: ignore[arg-type]
         self.grad_clip = grad_clip
         self.overflow = False
+        self.allowed: Callable[[], bool] = lambda: True
         self._global_grad_norm = 0.0
 
     @torch.no_grad()
@@ -43,11 +46,23 @@ class CheckedAdamW(torch.optim.AdamW):
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
         self._global_grad_norm = norm.item()
         self.overflow = not math.isfinite(self._global_grad_norm)
-        if self.overflow:
+        if self.overflow or not self.allowed():
             return
         if self.grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm, foreach=True)
         super().step()
+
+
+def gate(optimizer: torch.optim.Optimizer, allowed: Callable[[], bool]) -> None:
+    """Have `allowed` asked before each part of an update, once the gradient norm is known; the update is made if it says so.
+
+    The method is changed on the instance because DeepSpeed admits optimizers by their exact type.
+    """
+    if isinstance(optimizer, CheckedAdamW):
+        optimizer.allowed = allowed
+        return
+    step = optimizer.step
+    optimizer.step = lambda *args, **kwargs: step(*args, **kwargs) if allowed() else None  # type: ignore[assignment, method-assign]
 
 
 def build_adamw(

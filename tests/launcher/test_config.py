@@ -86,6 +86,16 @@ def test_the_resolved_config_loads_as_itself(recipe, tmp_path):
         (["train.steps"], "'train.steps': expected section.key=value, for example train.steps=100"),
         (["steps=3"], "'steps=3': expected section.key=value"),
         (["train.steps.x=3"], "'train.steps.x=3': steps is 1000, not a section"),
+        (["train.bad_steps.sigma=0"], "train.bad_steps.sigma: got 0; input should be greater than 0"),
+        (["train.bad_steps.not_finite=log"], "not_finite: got 'log'; input should be 'skip' or 'rewind'"),
+        (
+            ["train.bad_steps.grad_spike=rewind", "data.stream={tokenizer: x, lanes: 4, dataset: x}"],
+            "train.bad_steps: got rewind with data.stream; raw text that was read cannot be left out",
+        ),
+        (
+            ["train.bad_steps.not_finite=rewind", "parallel.precision=fp16"],
+            "train.bad_steps.not_finite: got rewind with parallel.precision=fp16; there gradients overflow by design",
+        ),
         (["optim.lr=[1"], r"optim.lr=\[1: not YAML"),
     ],
 )  # fmt: skip

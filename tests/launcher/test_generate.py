@@ -100,12 +100,17 @@ def test_sampling_draws_from_the_right_tokens():
 def test_numbers_that_break_are_reported_and_end_the_run(corpus, tmp_path):
     """A learning rate that throws the weights to 1e30: the second step breaks."""
     recipe = write_recipe(tmp_path, corpus)
-    changes = ("optim.lr=1e30", "optim.warmup_steps=0", "train.max_skipped_in_a_row=3", "parallel.zero_stage=0")
+    changes = (
+        "optim.lr=1e30",
+        "optim.warmup_steps=0",
+        "train.bad_steps.max_skipped_in_a_row=3",
+        "parallel.zero_stage=0",
+    )
     text = run(torchrun(2, "--config", recipe, *changes), tmp_path / "log", code=None)
-    assert "step 2 skipped, gradients not finite: rank 0, " in text
-    assert "[rank 1] step 2 skipped" in text
+    assert "step 2 is bad (not_finite), update skipped: its loss is " in text
+    assert "[rank 1] step 2 is bad (not_finite), update skipped" in text
     assert "documents of text/train-" in text
-    assert "3 updates in a row had gradients that are not finite, up to step 4" in text
+    assert "3 updates in a row were skipped, up to step 4, the last one because its loss is " in text
     ledger = [json.loads(line) for line in (tmp_path / "runs/test/ledger.jsonl").read_text().splitlines()]
     assert ledger[-1]["event"] == "failed"
     assert not (tmp_path / "runs/test/checkpoints").exists()

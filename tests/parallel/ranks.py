@@ -86,16 +86,15 @@ def batch_of(mesh: Mesh, step: int, accum: int = ACCUM, vocab_size: int = MODEL.
 
 
 def run_steps(
-    engine: Engine, steps: range, accum: int = ACCUM, vocab_size: int = MODEL.vocab_size
+    engine: Engine, steps: range, accum: int = ACCUM, vocab_size: int = MODEL.vocab_size, judge: Any = None
 ) -> list[tuple[float, float, bool]]:
     """(loss, gradient norm, skipped) of each step."""
     results = []
     for step in steps:
         torch.manual_seed(step * 10 + engine.mesh.dp_rank)
         batch = batch_of(engine.mesh, step, accum, vocab_size)
-        stats = train_step(engine, batch, batch.n_targets, OPTIM.lr)
-        loss = engine.mesh.sum([sum(x.item() for x in stats.losses)])[0] / batch.n_targets
-        results.append((loss, stats.update.grad_norm, stats.update.skipped))
+        stats = train_step(engine, batch, batch.n_targets, OPTIM.lr, judge)
+        results.append((stats.loss, stats.update.grad_norm, not stats.update.made))
     return results
 
 

@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention
 
 import model.transformer as transformer
+from launcher.bad_steps import BadStep
 from model.attention import document_mask
 from parallel.config import ParallelConfig
 from parallel.recompute import _is_dear, _selective_contexts, apply_recompute
@@ -276,3 +277,51 @@ def test_a_nan_on_one_rank_skips_the_update_on_all(poisoned, stage, precision):
         assert not before[0][2]
         assert not after[0][2]
         assert math.isfinite(after[0][0])
+
+
+def veto_one(mesh, stage, precision):
+    """Steps 0 and 2 with a step between that the caller does not want; and the same two without it."""
+    results = {}
+    for name in ("vetoed", "without"):
+        engine = build(mesh, ParallelConfig(zero_stage=stage, precision=precision))
+        first = run_steps(engine, range(1))
+        asked = []
+        if name == "vetoed":
+            (loss, norm, left_out) = run_steps(engine, range(1, 2), judge=Refusing(asked))[0]
+            assert left_out
+            assert asked == [(loss, norm)]  # once, whatever the parts of the update
+            assert math.isfinite(norm)
+        results[name] = first, run_steps(engine, range(2, 3)), engine.adam_steps, whole_state(engine)
+        engine.close()
+    return results
+
+
+class Refusing:
+    """A judge of steps that wants none of them."""
+
+    def __init__(self, asked):
+        self.asked = asked
+
+    def look(self, loss, norm):
+        self.asked.append((loss, norm))
+        return BadStep("loss_spike", "skip", "a test's")
+
+
+def veto_all(mesh):
+    return {(s, p): veto_one(mesh, s, p) for s in STAGES for p in ("fp32", "bf16")}
+
+
+@pytest.fixture(scope="module")
+def vetoed():
+    return run_ranks(2, veto_all)[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_update_that_the_caller_refuses_leaves_no_trace(vetoed, stage, precision):
+    """Weights, moments and Adam's step as if the step had not been; DeepSpeed's own state does not matter to the next."""
+    with_it, without = vetoed[stage, precision]["vetoed"], vetoed[stage, precision]["without"]
+    assert with_it[:3] == without[:3]
+    assert with_it[2] == 2
+    for key, value in without[3].items():
+        assert torch.equal(with_it[3][key], value), key

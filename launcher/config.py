@@ -303,7 +303,7 @@ _MAY_CHANGE = ("parallel.", "checkpoint.", "log.", "eval.", "train.micro_batch_s
 
 def unknown_keys(cfg: RunConfig, keys: list[str]) -> list[str]:
     """Those of `keys` that are no key of a config, written section.key."""
-    known = _flat(cfg.model_dump(mode="json"))
+    known = flat(cfg.model_dump(mode="json"))
     return [key for key in keys if key not in known]
 
 
@@ -312,7 +312,7 @@ def contradictions(old: dict[str, Any], new: dict[str, Any], allowed: list[str])
 
     allowed: keys that the user has named to be changed on purpose. The corpus is compared by its content, not here.
     """
-    before, after = _flat(_sources_by_name(old)), _flat(_sources_by_name(new))
+    before, after = flat(_sources_by_name(old)), flat(_sources_by_name(new))
     return [
         f"{key}: was {before.get(key)!r}, is {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
@@ -336,11 +336,12 @@ def _sources_by_name(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "data": {**data, "sources": sources}}
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one mapping of section.key."""
+    keys: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            keys |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            keys[f"{prefix}{key}"] = value
+    return keys

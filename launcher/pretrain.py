@@ -25,6 +25,7 @@ from data.errors import DataError
 from data.lanes import StreamEnd
 from data.loader import StepBatch
 from launcher import bad_steps
+from launcher.agreement import agree_on_start
 from launcher.bad_steps import BadStep, Judge, Rewind
 from launcher.config import ConfigError, RunConfig, load_config, to_yaml
 from launcher.evaluation import evaluate, write_samples
@@ -44,6 +45,7 @@ from parallel.deepspeed_config import check_passthrough, deepspeed_config
 from parallel.engine import Engine, UpdateResult, parallelize
 from parallel.mesh import LaunchError, Mesh, Place, build_mesh, check_device, close_mesh, place_from_environment
 from parallel.optim import lr_at
+from parallel.replicas import ReplicaError
 
 log = logging.getLogger("longhaul")
 
@@ -471,6 +473,7 @@ def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None) -> int
     mesh = build_mesh(place, cfg.parallel.timeout_s)
     stop, ledger, left_out = StopFlag(), Ledger(cfg.run_dir), Ledger(cfg.run_dir).left_out()
     try:
+        agree_on_start(mesh, cfg, left_out)
         engine = build_engine(cfg, mesh)
         while True:
             try:
@@ -479,7 +482,7 @@ def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None) -> int
                 log.warning("%s; going back to the newest checkpoint", back)
                 left_out.append(back.samples)
                 data = open_again(cfg, mesh.dp_size, left_out)
-    except (CheckpointError, FloatingPointError, DataError, LeaseLost) as error:
+    except (CheckpointError, FloatingPointError, ReplicaError, DataError, LeaseLost) as error:
         log.error("%s", error)
         return 1
     finally:

@@ -20,6 +20,7 @@ from model.init import initial_values
 from parallel.checkpoint import CheckpointError, Manifest, ZeroMoments, newest_good
 from parallel.checkpoint_writer import CheckpointWriter, Outcome
 from parallel.engine import Engine
+from parallel.replicas import check_replicas
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +105,10 @@ class Saves:
     def begin(self, progress: Progress) -> float:
         """Begin to write a checkpoint. Returns the seconds that training waited: for a copy in host memory.
 
-        Raises LeaseLost if the folder is another job's.
+        Raises LeaseLost if the folder is another job's, ReplicaError where ranks no longer hold the same.
         """
         engine, lease = self._engine, self._lease
+        check_replicas(engine)
         if (lost := engine.mesh.broadcast(lease.lost() if lease is not None else None)) is not None:
             raise LeaseLost(lost)
         manifest = Manifest(

@@ -71,7 +71,11 @@ def start(command: list[str], log: Path, **env: str) -> subprocess.Popen:
 def run(command: list[str], log: Path, code: int | None = 0, timeout: float = 200, **env: str) -> str:
     """Run to the end; asserts the exit code and returns the output."""
     process = start(command, log, **env)
-    process.wait(timeout)
+    try:
+        process.wait(timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # else it would run on beside the next tests
     text = log.read_text(errors="replace")
     assert code is None or process.returncode == code, f"exit code {process.returncode}\n{text[-6000:]}"
     return text

@@ -1,0 +1,58 @@
+"""All ranks must run the same program on the same config: told at the start, not by a hang or by numbers that drift."""
+
+import json
+import platform
+import socket
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from launcher.config import RunConfig, flat
+from launcher.redaction import hide
+from parallel.mesh import LaunchError, Mesh
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("launcher", "model", "data", "parallel")
+LIBRARIES = ("torch", "deepspeed", "numpy", "transformers", "sentencepiece", "safetensors")
+SHOWN = 5  # differences in a message
+
+
+def agree_on_start(mesh: Mesh, cfg: RunConfig, left_out: Sequence[tuple[int, int]]) -> None:
+    """Raise LaunchError, on all ranks, naming a rank whose code, libraries, config or ledger is another than rank 0's.
+
+    left_out: what this rank has read of the ledger's rewinds.
+    """
+    mine = _facts(cfg, left_out)
+    digests = mesh.gather(xxhash.xxh3_64_intdigest(json.dumps(mine, sort_keys=True).encode()))
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is None:
+        return
+    told = mesh.gather((socket.gethostname(), mine) if mesh.rank in (0, other) else None)
+    (first_host, first), (host, theirs) = told[0], told[other]
+    differ = [key for key in sorted(first.keys() | theirs.keys()) if first.get(key) != theirs.get(key)]
+    shown = "; ".join(hide(f"{key}: {first.get(key)} on rank 0, {theirs.get(key)} there") for key in differ[:SHOWN])
+    raise LaunchError(
+        f"{sum(digest != digests[0] for digest in digests)} of {len(digests)} ranks do not run what rank 0 on "
+        f"{first_host} runs; rank {other} on {host}: {shown}"
+        + (f"; and {len(differ) - SHOWN} more" if len(differ) > SHOWN else "")
+        + ". Give all machines the same checkout, environment and command, on a file system that they share"
+    )
+
+
+def _facts(cfg: RunConfig, left_out: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """What must be the same everywhere, by a name for people."""
+    files = [path for package in PACKAGES for path in sorted((ROOT / package).glob("*.py"))]
+    code = {f"{path.relative_to(ROOT)}": xxhash.xxh3_64_hexdigest(path.read_bytes()) for path in files}
+    config = {f"config {key}": value for key, value in flat(cfg.model_dump(mode="json")).items()}
+    libraries = {name: _version(name) for name in LIBRARIES}
+    return {**code, **config, **libraries, "Python": platform.python_version(), "rewinds": [list(s) for s in left_out]}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

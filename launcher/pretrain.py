@@ -233,6 +233,8 @@ def configure_logging(cfg: RunConfig, mesh: Mesh, ledger: Ledger) -> int:
     file.setFormatter(HidingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.raiseExceptions = False  # a log file on a full disk is no reason to end, nor for a traceback a line
     root = logging.getLogger()
+    for handler in root.handlers:
+        handler.close()  # a rewind begins a start in the same process
     root.handlers[:] = [console, file]
     root.setLevel(logging.INFO)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

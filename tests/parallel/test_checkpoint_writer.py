@@ -7,9 +7,11 @@ import threading
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import parallel.checkpoint_writer as module
-from parallel.checkpoint import CheckpointReader, committed_steps, faults
+from parallel.checkpoint import CheckpointReader, committed_steps, faults, file_hash
 from parallel.checkpoint_writer import CheckpointWriter
 from parallel.config import CheckpointConfig, ParallelConfig
 from parallel.retention import to_retire
@@ -103,19 +105,19 @@ def test_the_training_goes_on_meanwhile(tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("no memory for the file")])
 def test_a_write_that_fails_leaves_nothing_and_the_next_succeeds(tmp_path, monkeypatch, error):
     """Whatever kind of error it is, the ranks agree on it; one that did not would leave the others waiting."""
-    runs, write = Runs(tmp_path), module.save_file
+    runs, write = Runs(tmp_path), module.write_safetensors
     runs.save(1)
 
     def full(*_):
         raise error
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "write_safetensors", full)
     outcome = runs.save(2)
     assert outcome.error == f"writing the checkpoint failed on 1 of 1 ranks; rank 0: {type(error).__name__}: {error}"
     assert not outcome.not_finite
     assert runs.writer.failures == 1
     assert names(tmp_path) == ["latest", "step-00000001"]
-    monkeypatch.setattr(module, "save_file", write)
+    monkeypatch.setattr(module, "write_safetensors", write)
     assert runs.save(3).error is None
     assert committed_steps(tmp_path) == [1, 3]
 
@@ -130,6 +132,24 @@ def test_state_that_is_not_finite_is_never_committed(tmp_path, kind, value):
     assert f"rank 0: the {kind} of w is not finite at element 2" in outcome.error
     assert outcome.not_finite
     assert names(tmp_path) == ["latest", "step-00000001"]
+
+
+def test_large_values_are_finite_though_their_sum_is_not(tmp_path):
+    runs = Runs(tmp_path)
+    runs.engine.state["weight"][:] = 3e38
+    assert runs.save(1).error is None
+    assert CheckpointReader(tmp_path / "step-00000001").tensor("w").tolist() == [torch.tensor(3e38).item()] * 4
+
+
+def test_the_file_is_what_the_safetensors_library_reads_and_its_hash_that_of_its_bytes(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"weight:a.b:0": 7, 'weight:"ü":5': 1, "exp_avg:a.b:0": 300_001}
+    tensors = {name: torch.randn(n, generator=generator) for name, n in sizes.items()}
+    digest = module.write_safetensors(tmp_path / "x.safetensors", tensors)
+    assert digest == file_hash(tmp_path / "x.safetensors")
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_job_that_may_not_write_any_more_commits_nothing(tmp_path):

@@ -145,17 +145,32 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return self.train.tokens_per_step or (self.train.global_batch_size or 0) * self.model.seq_len
 
     def grad_accum_steps(self, dp_size: int) -> int:
-        """Forward passes a rank makes for one step. Raises ConfigError, naming the two nearest batches that divide."""
-        unit = self.train.micro_batch_size * dp_size
-        batch = self.global_batch_size
+        """Forward passes a rank makes for one step. Raises ConfigError, naming what would divide instead."""
+        micro, batch = self.train.micro_batch_size, self.global_batch_size
+        unit = micro * dp_size
         if batch % unit:
             nearest = [n for n in (batch // unit * unit, -(-batch // unit) * unit) if n > 0]
+            ways = [
+                "global batches that do are " + " and ".join(f"{n} ({n * self.model.seq_len} tokens)" for n in nearest)
+            ]
+            if ranks := _nearest_divisors(batch, micro, dp_size):
+                ways.append(f"numbers of ranks that do are {' and '.join(map(str, ranks))}")
+            if sizes := _nearest_divisors(batch, dp_size, micro):
+                ways.append(f"train.micro_batch_size that do are {' and '.join(map(str, sizes))}")
             raise ConfigError(
-                f"a global batch of {batch} sequences does not divide into train.micro_batch_size="
-                f"{self.train.micro_batch_size} on {dp_size} ranks; the nearest that do are "
-                + " and ".join(f"{n} ({n * self.model.seq_len} tokens)" for n in nearest)
+                f"a global batch of {batch} sequences does not divide into train.micro_batch_size={micro} on {dp_size} "
+                "ranks; the nearest " + "; the nearest ".join(ways)
             )
         return batch // unit
+
+
+def _nearest_divisors(whole: int, by: int, near: int) -> list[int]:
+    """The n just below and just above `near` for which n * by divides `whole`."""
+    if whole % by:
+        return []
+    divisors = [n for n in range(1, min(whole // by, 10**6) + 1) if whole // by % n == 0]
+    below, above = [n for n in divisors if n < near], [n for n in divisors if n > near]
+    return below[-1:] + above[:1]
 
 
 def load_config(path: str, overrides: list[str]) -> RunConfig:

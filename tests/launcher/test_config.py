@@ -191,6 +191,21 @@ def test_a_batch_that_does_not_divide_names_the_two_nearest(recipe):
 
 
 @pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "message"),
+    [
+        (24, 2, 5, r"numbers of ranks that do are 4 and 6$"),
+        (24, 5, 4, r"micro_batch_size that do are 3 and 6$"),
+        (12, 4, 4, r"on 4 ranks; .* are 16 .*; the nearest numbers of ranks that do are 3; .* that do are 3$"),
+        (7, 2, 3, r"are 6 \(192 tokens\) and 12 \(384 tokens\)$"),
+    ],
+)  # fmt: skip
+def test_a_topology_that_does_not_divide_the_batch_names_those_that_do(recipe, batch, micro, ranks, message):
+    cfg = load_config(recipe, [f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}"])
+    with pytest.raises(ConfigError, match=message):
+        cfg.grad_accum_steps(ranks)
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ("{gradient_clipp1ng: 1}", "parallel.deepspeed.gradient_clipp1ng: DeepSpeed has no such key"),

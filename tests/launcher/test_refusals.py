@@ -30,7 +30,7 @@ def refused(capsys, recipe, *overrides):
     [
         ("train.stepz=3", "train.stepz: no such key; did you mean train.steps?"),
         ("parallel.deepspeed={gradient_clipp1ng: 1}", "DeepSpeed has no such key"),
-        ("train.micro_batch_size=3", "does not divide into train.micro_batch_size=3 on 1 ranks; the nearest that do are 6"),
+        ("train.micro_batch_size=3", "into train.micro_batch_size=3 on 1 ranks; the nearest global batches that do are 6"),
         ("data.corpus=nowhere", "nowhere"),
         ("model.vocab_size=300", "model.vocab_size=300 is smaller than the vocabulary"),
         ("model.vocab_size=520", "model.vocab_size=520 is larger than the vocabulary"),
@@ -75,7 +75,7 @@ def test_more_ranks_than_the_batch_has_sequences(capsys, recipe, monkeypatch):
         "MASTER_PORT": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    assert "on 16 ranks; the nearest that do are 32 (1024 tokens)" in refused(capsys, recipe)
+    assert "on 16 ranks; the nearest global batches that do are 32 (1024 tokens)" in refused(capsys, recipe)
 
 
 def test_a_corpus_without_manifest_or_with_a_cut_shard(capsys, recipe, corpus, tmp_path):

@@ -107,7 +107,8 @@ def job(name: str, saves: bool, folder: Path) -> dict[str, float]:
     wait()
     wall, result = time.perf_counter() - began, {}
     if saves:
-        n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        newest = max((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+        n_bytes = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
         began = time.perf_counter()
         load()
         result = {"stall_s": statistics.median(stalls), "bytes": n_bytes, "load_s": time.perf_counter() - began}

@@ -27,16 +27,18 @@ def evaluate(
     shares: dict[str, float],
     metrics: MetricsLog | None,
     step: int,
+    enter: Callable[[str], None],
 ) -> dict[str, float]:
     """Loss on held-out windows, the same ones at every world size: mean over their tokens on all ranks.
 
     valid: by source.    shares: of the sources in the training mixture; of several sources the loss is the mean of
-    theirs with these weights, an estimate of the training loss on unseen text.    Returns {} where nothing is held out.
+    theirs with these weights, an estimate of the training loss on unseen text.    enter: told of its phase before each
+    forward pass.    Returns {} where nothing is held out.
     """
     if not valid:
         return {}
     began = time.perf_counter()
-    losses = {name: _loss(cfg, engine, corpus) for name, corpus in valid.items()}
+    losses = {name: _loss(cfg, engine, corpus, enter) for name, corpus in valid.items()}
     total = sum(shares[name] for name in losses)
     weights = {name: shares[name] / total if total else 1 / len(losses) for name in losses}
     loss = sum(weights[name] * losses[name] for name in losses)
@@ -52,13 +54,14 @@ def evaluate(
     return values
 
 
-def _loss(cfg: RunConfig, engine: Engine, corpus: Corpus) -> float:
+def _loss(cfg: RunConfig, engine: Engine, corpus: Corpus, enter: Callable[[str], None]) -> float:
     mesh = engine.mesh
     total, count = 0.0, 0.0
     with engine.evaluating() as model:
         for tokens, targets, documents in eval_batches(
             corpus, cfg.eval.windows, cfg.train.micro_batch_size, mesh.dp_rank, mesh.dp_size
         ):
+            enter("evaluation")
             packed = () if documents is None else (documents.to(mesh.device),)
             total += model(tokens.to(mesh.device), targets.to(mesh.device), *packed).item()
             count += int((targets != IGNORE).sum())

@@ -254,7 +254,7 @@ def this_process() -> Holder:
         host=socket.gethostname(),
         machine=f"{read('/proc/sys/kernel/random/boot_id')} {read('/proc/self/ns/pid')}",
         pid=os.getpid(),
-        process_start=_process_start(os.getpid()) or 0,
+        process_start=process_start_of(os.getpid()) or 0,
         cluster=os.environ.get("SLURM_CLUSTER_NAME", ""),
         job=os.environ.get("SLURM_JOB_ID", ""),
         restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
@@ -269,7 +269,7 @@ def _same_machine(holder: Holder | None, me: Holder) -> bool:
 
 def _runs(pid: int, process_start: int) -> bool:
     """Whether a process of this machine lives that began then."""
-    found = _process_start(pid)
+    found = process_start_of(pid)
     if found is not None:
         return found == process_start
     try:
@@ -281,7 +281,7 @@ def _runs(pid: int, process_start: int) -> bool:
     return True
 
 
-def _process_start(pid: int) -> int | None:
+def process_start_of(pid: int) -> int | None:
     """Clock ticks from the machine's start to the process's, -1 if it has ended and waits for its parent; None if unseen."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +39,7 @@ from launcher.run_data import AnyLoader, RunData, open_data
 from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, refuse_other_config, save_config
 from launcher.saving import Progress, Saves, resume
 from launcher.signals import StopFlag, signal_name
+from launcher.watchdog import Watchdog
 from model.transformer import Transformer
 from parallel import device
 from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps
@@ -49,6 +51,7 @@ from parallel.replicas import ReplicaError
 
 log = logging.getLogger("longhaul")
 
+WATCHED_S = 30.0  # that a collective may last beyond parallel.timeout_s: in it the watchdog finds out why
 STOPPED = 75  # EX_TEMPFAIL: saved and not finished; whoever started it may start it again
 
 
@@ -77,12 +80,21 @@ class Stats:
     bad: BadStep | None
 
 
-def train(cfg: RunConfig, data: RunData, engine: Engine, ledger: Ledger, stop: StopFlag, lease: Lease | None) -> int:
+def train(
+    cfg: RunConfig,
+    data: RunData,
+    engine: Engine,
+    ledger: Ledger,
+    stop: StopFlag,
+    lease: Lease | None,
+    watch: Watchdog,
+) -> int:
     """The whole run, from wherever it stands to its last step or to a request to stop. Returns the exit code.
 
     Raises Rewind where it is to be begun again from its newest checkpoint.
     """
     mesh = engine.mesh
+    watch.enter("start-up", 0)
     start = configure_logging(cfg, mesh, ledger)
     progress, cursor = resume(cfg, engine)
     loader = data.loader(cfg, mesh, cursor)
@@ -98,9 +110,10 @@ def train(cfg: RunConfig, data: RunData, engine: Engine, ledger: Ledger, stop: S
     try:
         if progress.step >= cfg.train.steps:  # killed before it could tell its end, or told to end where it stands
             shares = data.shares(loader.cursor()["samples"] - cfg.global_batch_size)
-            valid = evaluate(cfg, engine, data.valid, shares, metrics, progress.step)
+            valid = evaluate(cfg, engine, data.valid, shares, metrics, progress.step, watch.within(progress.step))
             write_samples(cfg, engine, data.tokenizer, metrics, progress.step)
         while progress.step < cfg.train.steps and not stopped_by:
+            watch.enter("data", progress.step + 1)
             vote = mesh.agree_max(stop.signal_number, saves.failures)  # travels while the step computes
             began = time.perf_counter()
             if may_end and mesh.agree_max(int(loader.at_end())).result()[0]:
@@ -112,7 +125,8 @@ def train(cfg: RunConfig, data: RunData, engine: Engine, ledger: Ledger, stop: S
             spans.append(batch.span)
             n_targets = batch.n_targets if loader.fixed_targets else int(mesh.sum([batch.n_targets])[0])
             seed_step(cfg.run.seed, progress.step, mesh.dp_rank)
-            stats = train_step(engine, batch, n_targets, lr_at(progress.step, cfg.train.steps, cfg.optim), judge)
+            lr, in_step = lr_at(progress.step, cfg.train.steps, cfg.optim), watch.within(progress.step + 1, batch.span)
+            stats = train_step(engine, batch, n_targets, lr, judge, in_step)
             progress.step += 1
             note_step(progress, stats, judge)
             if stats.bad is not None:
@@ -133,10 +147,11 @@ def train(cfg: RunConfig, data: RunData, engine: Engine, ledger: Ledger, stop: S
                 clock = Clock()
             if due(progress.step, cfg.eval.every) or last:
                 shares = data.shares(batch.span[0])
-                valid = evaluate(cfg, engine, data.valid, shares, metrics, progress.step)
+                valid = evaluate(cfg, engine, data.valid, shares, metrics, progress.step, watch.within(progress.step))
                 write_samples(cfg, engine, data.tokenizer, metrics, progress.step)
             saves.heed(failures, progress.step)
             if last or stopped_by or saves.due(progress.step):
+                watch.enter("save", progress.step)
                 stall_s = saves.finish(progress) if last or stopped_by else saves.begin(progress)
                 if metrics is not None and stall_s is not None:
                     metrics.write(progress.step, {"speed/checkpoint_stall_s": stall_s})
@@ -148,11 +163,9 @@ def train(cfg: RunConfig, data: RunData, engine: Engine, ledger: Ledger, stop: S
             ledger.add("rewind", step=back.step, saved_step=saves.committed_step, samples=back.samples)
         raise
     except BaseException as error:
+        cause = watch.failed(error)
         if mesh.rank == 0 and not isinstance(error, LeaseLost):  # then the ledger is another job's
-            ledger.add(
-                "failed", step=progress.step, saved_step=saves.committed_step,
-                error=hide(f"{type(error).__name__}: {error}")[:500],
-            )  # fmt: skip
+            ledger.add("failed", step=progress.step, saved_step=saves.committed_step, error=hide(cause)[:1000])
         raise
     finally:
         saves.close()
@@ -166,19 +179,29 @@ def train(cfg: RunConfig, data: RunData, engine: Engine, ledger: Ledger, stop: S
     return 0 if finished else STOPPED
 
 
-def train_step(engine: Engine, batch: StepBatch, n_targets: int, lr: float, judge: Judge | None = None) -> Stats:
+def train_step(
+    engine: Engine,
+    batch: StepBatch,
+    n_targets: int,
+    lr: float,
+    judge: Judge | None = None,
+    enter: Callable[[str], None] = lambda phase: None,
+) -> Stats:
     """One optimizer update: forward and backward for each micro-batch, then clip and update, if the judge lets it.
 
-    n_targets: targets of the step that count, over all ranks.
+    n_targets: targets of the step that count, over all ranks.    enter: told of each phase as it begins.
     """
     losses, where = [], engine.mesh.device
     for a in range(len(batch.tokens)):  # (B, T) each
         parts = (
             (batch.tokens, batch.targets) if batch.documents is None else (batch.tokens, batch.targets, batch.documents)
         )
+        enter("forward")
         loss = engine.forward(*(part[a].to(where, non_blocking=True) for part in parts))
+        enter("backward")
         engine.backward(loss, n_targets)
         losses.append(loss.detach())
+    enter("update")
     loss_sum = engine.mesh.sum_on_device(torch.stack(losses).double().sum())
     verdicts: list[BadStep | None] = []
 
@@ -474,12 +497,21 @@ def main(argv: list[str]) -> int:
 def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None) -> int:
     mesh = build_mesh(place, cfg.parallel.timeout_s)
     stop, ledger, left_out = StopFlag(), Ledger(cfg.run_dir), Ledger(cfg.run_dir).left_out()
+
+    def tell(cause: str) -> None:
+        if mesh.rank == 0 and lease is not None and lease.lost() is None:
+            ledger.add("failed", error=cause)
+
     try:
         agree_on_start(mesh, cfg, left_out)
+        watch = Watchdog(mesh, cfg.parallel.timeout_s, stop, tell)
         engine = build_engine(cfg, mesh)
+        mesh.set_timeout(cfg.parallel.timeout_s + WATCHED_S)
         while True:
             try:
-                return train(cfg, data, engine, ledger, stop, lease)
+                code = train(cfg, data, engine, ledger, stop, lease, watch)
+                watch.close()
+                return code
             except Rewind as back:  # as if it had been stopped there and started again
                 log.warning("%s; going back to the newest checkpoint", back)
                 left_out.append(back.samples)

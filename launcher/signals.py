@@ -14,8 +14,12 @@ class StopFlag:
         for number in _SIGNALS:
             signal.signal(number, self._set)
 
-    def _set(self, number: int, frame: FrameType | None) -> None:
+    def request(self, number: int) -> None:
+        """As if the signal had come."""
         self.signal_number = self.signal_number or number
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self.request(number)
 
 
 def signal_name(number: int) -> str:

@@ -157,6 +157,15 @@ class Mesh:
     def barrier(self) -> None:
         dist.barrier(group=self.control)
 
+    def open_store(self) -> Any:
+        """A connection of its own to the store at which the ranks met: for a thread, while others wait in collectives."""
+        return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+
+    def set_timeout(self, seconds: float) -> None:
+        """Of every process group there is, DeepSpeed's own too, which keep their defaults otherwise."""
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
 
 @dataclass(frozen=True)
 class Agreement:

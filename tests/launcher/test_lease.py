@@ -103,7 +103,7 @@ def test_a_pid_that_another_process_has_got_since(tmp_path):
 
 
 def test_a_process_that_proc_hides_is_asked_for_by_signal(tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "_process_start", lambda pid: None)
+    monkeypatch.setattr(lease, "process_start_of", lambda pid: None)
     holder = leave(tmp_path)
     with pytest.raises(RunDirError, match=f"pid {holder.pid}"):
         took_s(tmp_path)

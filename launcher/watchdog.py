@@ -1,0 +1,323 @@
+"""A thread beside the training on every rank, so that a job ends when it can no longer go on: soon, on all ranks, and with
+its cause in one line.
+
+The ranks tell each other where they are over the store at which they met (parallel/mesh.py), never over a process group:
+a rank that waits in a collective still answers here. Four things end a job:
+
+    a rank fails                       its record is seen by all others within a beat; they leave GRACE_S later
+    a rank's process ends by itself    SIGKILL, out of memory: seen by the ranks on the same machine, who record it
+    a phase lasts longer than allowed  the late rank is named: one that does not answer, else the one that is behind
+    the launcher ends                  as SIGTERM: saved at the next step; after LAUNCHER_GRACE_S without it
+"""
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from launcher.lease import process_start_of
+from launcher.redaction import hide
+from launcher.signals import StopFlag
+from parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 1.0  # between looks, and between heartbeats
+GRACE_S = 5.0  # for the main thread to end in its own way, once the job has failed
+LAUNCHER_GRACE_S = 30.0  # for the save at the next step, once the launcher is gone
+LATE_SHARE = 0.25  # of the limit: from then on a warning names who is behind
+LOST_STORE = 5  # beats in a row that the store may fail
+_FAILURE = "watchdog/failure"
+
+
+class _Peer(NamedTuple):
+    """A process, named so that another one of the same number is not taken for it."""
+
+    rank: int
+    host: str
+    pid: int
+    start: int | None
+
+
+class Watchdog:
+    """Watches this rank and its peers. Made on all ranks together; `enter` at each phase of the train loop."""
+
+    def __init__(
+        self, mesh: Mesh, limit_s: float, stop: StopFlag, tell: Callable[[str], None] = lambda cause: None
+    ) -> None:
+        """limit_s: that a phase may last, of time in which this thread ran.    tell: given the cause when the job is ended
+        from the thread, because the main thread no longer answers.
+        """
+        self._mesh, self._limit_s, self._stop, self._tell = mesh, limit_s, stop, tell
+        self._store, self._host = mesh.open_store(), socket.gethostname()
+        me = _Peer(mesh.rank, self._host, os.getpid(), process_start_of(os.getpid()))
+        self._peers = [_Peer(*fields) for fields in mesh.gather(tuple(me))]
+        self._neighbours = [peer for peer in self._peers if peer.host == self._host and peer.rank != mesh.rank]
+        self._launchers = _launchers()
+        self._oom_kills = _oom_kills()
+        self._phase, self._step, self._samples, self._entered = "start-up", 0, "", 0
+        self._beat, self._lasted_s, self._warned, self._failed_beats = 0, 0.0, False, 0
+        self._told: str | None = None
+        self._ended = threading.Event()
+        self._publish()
+        mesh.barrier()  # every state is there from the first look on
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def enter(self, phase: str, step: int, samples: Sequence[int] = ()) -> None:
+        """The main thread begins a phase of optimizer step `step`; samples: (first, one past the last), of all ranks."""
+        self._samples = f", samples {samples[0]} to {samples[1] - 1}" if samples else ""
+        self._phase, self._step = phase, step
+        self._entered += 1
+
+    def within(self, step: int, samples: Sequence[int] = ()) -> Callable[[str], None]:
+        """`enter` for the phases of one step."""
+        return lambda phase: self.enter(phase, step, samples)
+
+    def failed(self, error: BaseException) -> str:
+        """Call with what ends this rank; returns the cause: of the rank that failed first, which may be another.
+
+        A broken connection is an effect: whose end it was is waited for, two beats at most.
+        """
+        if isinstance(error, RuntimeError):
+            until = time.monotonic() + 2 * BEAT_S
+            while self._failure() is None and time.monotonic() < until:
+                self._look_for_dead()
+                time.sleep(BEAT_S / 10)
+        self._record(f"{self._name(self._mesh.rank)} failed first, in {self._where()}: {type(error).__name__}: {error}")
+        return self._failure() or f"{type(error).__name__}: {error}"
+
+    def close(self) -> None:
+        """Stop watching, on all ranks together: none leaves while another still looks for it."""
+        self._ended.set()
+        self._thread.join()
+        self._mesh.barrier()
+
+    # -- in the thread --------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        seen, looked, launcher_ended = self._entered, time.monotonic(), None
+        while not self._ended.wait(BEAT_S):
+            now = time.monotonic()
+            if self._entered != seen:
+                seen, self._lasted_s, self._warned = self._entered, 0.0, False
+            self._lasted_s += min(now - looked, 2 * BEAT_S)  # a laptop asleep is no hang
+            looked = now
+            self._publish()
+            self._look_for_dead()
+            if self._failed_beats > LOST_STORE:
+                self._end("rank 0, or the launcher that keeps the ranks' meeting place, does not answer any more")
+            if (cause := self._failure()) is not None:
+                self._leave_with_the_others(cause)
+            if launcher_ended is None and any(process_start_of(pid) != start for pid, start in self._launchers):
+                launcher_ended = now
+                log.warning("the launcher of this rank has ended; stopping as on SIGTERM, saved at the next step")
+                self._stop.request(signal.SIGTERM)
+            if launcher_ended is not None and now - launcher_ended > LAUNCHER_GRACE_S:
+                self._end(f"its launcher ended, and {LAUNCHER_GRACE_S:.0f} s later it still was in {self._where()}")
+            if self._lasted_s > self._limit_s:
+                self._hang()
+            elif self._lasted_s > LATE_SHARE * self._limit_s and not self._warned:
+                self._warn()
+
+    def _where(self) -> str:
+        return f"{self._phase} of step {self._step}{self._samples}"
+
+    def _publish(self) -> None:
+        self._beat += 1
+        state = {
+            "beat": self._beat,
+            "entered": self._entered,
+            "where": self._where(),
+            "lasted_s": round(self._lasted_s),
+        }
+        self._ask(lambda: self._store.set(f"watchdog/{self._mesh.rank}", json.dumps(state)))
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """The store's answer; None where it gives none."""
+        try:
+            answer = question()
+        except Exception:  # of whatever kind the store's backend raises
+            self._failed_beats += 1
+            return None
+        self._failed_beats = 0
+        return answer
+
+    def _states(self) -> list[dict[str, Any]]:
+        keys = [f"watchdog/{rank}" for rank in range(self._mesh.world_size)]
+        answers = self._ask(lambda: [json.loads(value) for value in self._store.multi_get(keys)])
+        return answers or []
+
+    def _failure(self) -> str | None:
+        if not self._ask(lambda: self._store.check([_FAILURE])):
+            return None
+        answer = self._ask(lambda: self._store.get(_FAILURE))
+        return answer.decode(errors="replace") if answer is not None else None
+
+    def _record(self, cause: str) -> None:
+        """Write down why the job fails, if nothing is there yet; the writer says so aloud."""
+        cause = hide(cause)[:2000]
+        mine = self._ask(lambda: self._store.compare_set(_FAILURE, "", cause))
+        if mine is not None and mine.decode(errors="replace") == cause and self._told is None:
+            self._told = cause
+            log.error("%s", cause)
+
+    def _look_for_dead(self) -> None:
+        for peer in self._neighbours:
+            if process_start_of(peer.pid) != peer.start:
+                why = "its process was ended from outside, without a word (SIGKILL?)"
+                if _oom_kills() > self._oom_kills:
+                    why = "its process was killed, out of memory: the control group counts an OOM kill"
+                states = self._states()
+                where = states[peer.rank]["where"] if states else "nowhere"
+                self._record(f"{self._name(peer.rank)} failed first, last seen in {where}: {why}")
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} on {self._peers[rank].host}"
+
+    def _late(self) -> tuple[list[int], list[int], list[dict[str, Any]]]:
+        """(ranks that do not answer, ranks that are behind, all states); none are late where all are alike. Takes beats."""
+        before = self._states()
+        for _ in range(3):
+            if self._ended.wait(BEAT_S):
+                return [], [], []
+            self._publish()
+        now = self._states()
+        if not before or not now:
+            return [], [], []
+        silent = [rank for rank, state in enumerate(now) if state["beat"] == before[rank]["beat"]]
+        progress = [state["entered"] for state in now]
+        behind = [rank for rank, entered in enumerate(progress) if entered < max(progress)]
+        return silent, behind, now
+
+    def _warn(self) -> None:
+        """Of the ranks that wait, the first one says for whom."""
+        self._warned = True
+        entered = self._entered
+        silent, behind, states = self._late()
+        late = silent or behind
+        waiting = [rank for rank in range(self._mesh.world_size) if rank not in late]
+        if late and waiting and waiting[0] == self._mesh.rank and entered == self._entered:
+            log.warning(
+                "waiting for %.0f s in %s, the limit is parallel.timeout_s=%g: %s",
+                self._lasted_s,
+                self._where(),
+                self._limit_s,
+                self._describe(silent, behind, states),
+            )
+
+    def _describe(self, silent: list[int], behind: list[int], states: list[dict[str, Any]]) -> str:
+        """Who is late: a rank that does not answer, whose last word may be a beat old, else one that is behind."""
+        late = silent or behind
+        where, others = states[late[0]]["where"], f", nor {len(late) - 1} others" if len(late) > 1 else ""
+        if silent:
+            return f"{self._name(late[0])} does not answer{others}, last seen in {where}"
+        return f"{self._name(late[0])} does not go on{others}, in {where} for {states[late[0]]['lasted_s']} s"
+
+    def _hang(self) -> None:
+        entered = self._entered
+        silent, behind, states = self._late()
+        late = silent or behind
+        if entered != self._entered:
+            return  # it went on after all
+        if self._failure() is None and states:
+            limit = f"the limit is parallel.timeout_s={self._limit_s:g}"
+            if late and self._mesh.rank not in late:
+                who = self._describe(silent, behind, states)
+                self._record(f"{who}; others wait in {self._where()}; {limit}. Stacks are in logs/")
+            elif not late:
+                self._record(
+                    f"the job hangs in {self._where()}: no rank is behind and none goes on; {limit}. They wait for "
+                    "different collectives, or for storage or a device: the stacks of all ranks are in logs/"
+                )
+        cause = self._failure()
+        if cause is not None:
+            _dump_stacks()
+            self._kill_stopped(silent)
+            self._leave_with_the_others(cause)
+
+    def _kill_stopped(self, silent: list[int]) -> None:
+        """A stopped process does not end by itself: who waits for it on the same machine ends it."""
+        for peer in self._neighbours:
+            if peer.rank in silent and process_start_of(peer.pid) == peer.start:
+                with contextlib.suppress(OSError):
+                    os.kill(peer.pid, signal.SIGKILL)
+
+    def _leave_with_the_others(self, cause: str) -> None:
+        """The main thread may find its own way out; what is still there after GRACE_S is ended."""
+        if self._told is None:
+            self._told = cause
+            log.info("%s", cause)
+        if not self._ended.wait(GRACE_S):
+            self._end(cause)
+
+    def _end(self, cause: str) -> None:
+        """End this process from the thread."""
+        if self._told is None:
+            self._told = cause
+            log.error("%s", cause)
+        _dump_stacks()
+        with contextlib.suppress(Exception):  # nothing may keep the process now
+            self._tell(cause)
+        logging.shutdown()
+        os._exit(1)
+
+
+def _dump_stacks() -> None:
+    """The Python stacks of all threads into this rank's log file."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler) and handler.stream is not None:
+            handler.flush()
+            with contextlib.suppress(OSError, ValueError):
+                faulthandler.dump_traceback(handler.stream, all_threads=True)
+
+
+def _launchers() -> list[tuple[int, int | None]]:
+    """(pid, start) of the processes that started this rank and are there for that alone; empty without a launcher."""
+    found, pid = [], os.getppid()
+    for _ in range(2):  # torchrun, or DeepSpeed's launch.py and the runner before it
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            break
+        if not any(_is_launcher(word) for word in words[:4]):
+            break
+        found.append((pid, process_start_of(pid)))
+        pid = parent
+    return found if "RANK" in os.environ else []
+
+
+def _is_launcher(word: str) -> bool:
+    return word in ("deepspeed.launcher.launch", "torch.distributed.run") or Path(word).name in (
+        "deepspeed",
+        "ds",
+        "torchrun",
+    )
+
+
+def _oom_kills() -> int:
+    """Processes of this control group that the kernel has killed for want of memory; 0 where that is not told."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        file = {"": "/sys/fs/cgroup{}/memory.events", "memory": "/sys/fs/cgroup/memory{}/memory.oom_control"}.get(
+            controllers
+        )
+        if file is None:
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            text = Path(file.format(path.rstrip("/"))).read_text()
+            return next((int(row.split()[1]) for row in text.splitlines() if row.startswith("oom_kill ")), 0)
+    return 0

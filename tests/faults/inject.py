@@ -1,0 +1,88 @@
+"""A rank of a job with a fault in it: python tests/faults/inject.py FAULT RANK STEP -- arguments of launcher/pretrain.py
+
+The fault happens on one rank at one optimizer step (counted from 1). It is put in from outside, so that the program itself
+holds nothing for tests; torchrun and deepspeed start this file instead of launcher/pretrain.py.
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import launcher.pretrain as pretrain
+import launcher.watchdog as watchdog
+from parallel import checkpoint_writer
+from parallel.engine import Engine
+from parallel.mesh import Mesh
+
+
+def at(step: int, rank: int, fault: Callable[[Any], None]) -> Callable:
+    """Wraps a method so that `fault` is called before it, once, on that rank in that step."""
+
+    def wrap(method: Callable) -> Callable:
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if now["step"] == step and int(os.environ["RANK"]) == rank and not now["done"]:
+                now["done"] = True
+                fault(self)
+            return method(self, *args, **kwargs)
+
+        return wrapped
+
+    return wrap
+
+
+now: dict[str, Any] = {"step": 0, "done": False}
+
+
+def count_steps() -> None:
+    enter = watchdog.Watchdog.enter
+
+    def counted(self: Any, phase: str, step: int, samples: Any = ()) -> None:
+        now["step"] = step if phase in ("forward", "backward", "update") else 0
+        enter(self, phase, step, samples)
+
+    watchdog.Watchdog.enter = counted  # type: ignore[method-assign]
+
+
+def die(_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def nan_in_a_weight(engine: Any) -> None:
+    next(f for f in engine.fragments() if f.kind == "weight").tensor[0] = math.nan
+
+
+def slow_syncs(_: Any) -> None:
+    sync = checkpoint_writer.sync
+    checkpoint_writer.sync = lambda path: (time.sleep(2), sync(path))  # type: ignore[assignment]
+
+
+def another_collective(engine: Any) -> None:
+    torch.distributed.all_gather([torch.zeros(3), torch.zeros(3)], torch.zeros(3), group=engine.mesh.control)
+
+
+FAULTS: dict[str, tuple[Any, str, Callable[[Any], None]]] = {
+    "die-in-forward": (Engine, "forward", die),
+    "die-in-backward": (Engine, "backward", die),
+    "die-in-reduce": (Mesh, "sum_on_device", die),
+    "die-in-update": (torch.optim.AdamW, "step", die),
+    "raise-in-forward": (Engine, "forward", lambda _: 1 / 0),  # type: ignore[dict-item]
+    "late": (Engine, "forward", lambda _: time.sleep(12)),
+    "desync": (Engine, "forward", another_collective),
+    "nan-weight": (Engine, "forward", nan_in_a_weight),
+    "slow-sync": (Engine, "forward", slow_syncs),
+}
+
+
+if __name__ == "__main__":
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]  # deepspeed's
+    name, rank, step, _, *arguments = words
+    owner, method, fault = FAULTS[name]
+    count_steps()
+    setattr(owner, method, at(int(step), int(rank), fault)(getattr(owner, method)))
+    pretrain.leave(pretrain.main(arguments))

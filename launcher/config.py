@@ -57,6 +57,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How long, and how much at a time. The batch is said once; accumulation is derived."""
 
     steps: int = Field(gt=0, le=10**12)  # optimizer steps of the whole run
+    stop_at: PositiveInt | None = None  # leave after this step, saved; the schedule stays that of `steps`
     global_batch_size: PositiveInt | None = None  # sequences a step, over all ranks; or:
     tokens_per_step: PositiveInt | None = None  # tokens a step, over all ranks
     micro_batch_size: PositiveInt = 1  # sequences, one rank, one forward
@@ -70,6 +71,19 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 "give exactly one of the two"
             )
         return self
+
+    @model_validator(mode="after")
+    def _stops_within_the_run(self) -> Self:
+        if self.stop_at is not None and self.stop_at > self.steps:
+            raise ValueError(
+                f"stop_at={self.stop_at} is behind the run's last step, steps={self.steps}; leave it out, or make it smaller"
+            )
+        return self
+
+    @property
+    def end(self) -> int:
+        """The step after which a start leaves, if nothing stops it before."""
+        return self.stop_at or self.steps
 
 
 class LogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -311,7 +325,7 @@ def to_yaml(cfg: RunConfig) -> str:
 
 
 # What a resumed run may be given anew: where it runs and what it writes, not what it computes.
-_MAY_CHANGE = ("parallel.", "checkpoint.", "log.", "eval.", "train.micro_batch_size", "train.bad_steps.",
+_MAY_CHANGE = ("parallel.", "checkpoint.", "log.", "eval.", "train.micro_batch_size", "train.stop_at", "train.bad_steps.",
                "run.folder", "run.name", "data.workers", "data.stream.workers", "data.corpus", "data.cache.", "data.on_bad",
                "data.max_bad", "data.max_document_bytes", "data.shard_bytes", "data.valid_fraction")  # fmt: skip
 

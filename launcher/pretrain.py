@@ -2,7 +2,7 @@
 
 The same command goes on from the newest good checkpoint of the run. It runs alike under `deepspeed`, `torchrun`,
 `srun python` and plain `python`. Exit codes: 0 finished; 2 refused before anything was started; 75 stopped by a
-signal after saving, start it again to go on; anything else failed.
+signal, or at train.stop_at, after saving, start it again to go on; anything else failed.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def train(
             shares = data.shares(loader.cursor()["samples"] - cfg.global_batch_size)
             valid = evaluate(cfg, engine, data.valid, shares, metrics, progress.step, watch.within(progress.step))
             write_samples(cfg, engine, data.tokenizer, metrics, progress.step)
-        while progress.step < cfg.train.steps and not stopped_by:
+        while progress.step < cfg.train.end and not stopped_by:
             watch.enter("data", progress.step + 1)
             vote = mesh.agree_max(stop.signal_number, saves.failures)  # travels while the step computes
             began = time.perf_counter()
@@ -150,9 +150,10 @@ def train(
                 valid = evaluate(cfg, engine, data.valid, shares, metrics, progress.step, watch.within(progress.step))
                 write_samples(cfg, engine, data.tokenizer, metrics, progress.step)
             saves.heed(failures, progress.step)
-            if last or stopped_by or saves.due(progress.step):
+            leaving = bool(stopped_by) or progress.step == cfg.train.end
+            if leaving or saves.due(progress.step):
                 watch.enter("save", progress.step)
-                stall_s = saves.finish(progress) if last or stopped_by else saves.begin(progress)
+                stall_s = saves.finish(progress) if leaving else saves.begin(progress)
                 if metrics is not None and stall_s is not None:
                     metrics.write(progress.step, {"speed/checkpoint_stall_s": stall_s})
             if overall.steps == 1:
@@ -385,12 +386,13 @@ def conclude(
 ) -> None:
     """Rank 0 says how it ended and what to do next."""
     if not finished:
-        ledger.add("stopped", step=progress.step, signal=signal_name(stopped_by))
+        ledger.add("stopped", step=progress.step, signal=signal_name(stopped_by) if stopped_by else None)
         log.info(
-            "stopped by %s at step %d of %d, saved; the same command goes on from there",
-            signal_name(stopped_by),
+            "stopped by %s at step %d of %d, saved; %s goes on from there",
+            signal_name(stopped_by) if stopped_by else "train.stop_at",
             progress.step,
             cfg.train.steps,
+            "the same command" if stopped_by else "the same command with a later train.stop_at, or without,",
         )
         return
     tokens_per_s = overall.tokens / overall.step_s if overall.step_s else None  # of this start's steps alone
@@ -469,6 +471,15 @@ def saved_position(checkpoints: Path) -> tuple[dict[str, Any] | None, int]:
         return None, 0
 
 
+def refuse_stop_behind(cfg: RunConfig, saved: list[int]) -> None:
+    """Raise ConfigError where the run is to stop at a step that it has behind it. saved: steps of its checkpoints."""
+    if saved and cfg.train.end <= saved[-1] < cfg.train.steps:
+        raise ConfigError(
+            f"{cfg.run_dir} stands at step {saved[-1]} and train.stop_at={cfg.train.stop_at}; to go on, give a later step "
+            "or leave it out"
+        )
+
+
 def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
     begin_logging()
@@ -480,6 +491,7 @@ def main(argv: list[str]) -> int:
             if place.rank == 0:
                 print(f"{cfg.run_dir} is finished: {steps[-1]} of {cfg.train.steps} steps; nothing to do")
             return 0
+        refuse_stop_behind(cfg, steps)
         if place.rank == 0:
             prepare_run_dir(cfg, needed_bytes=12 * cfg.model.n_params)  # fp32 weights and two moments
             with sole_writer(cfg.run_dir) as lease:

@@ -55,6 +55,11 @@ def test_the_resolved_config_loads_as_itself(recipe, tmp_path):
         (["trian.steps=1"], r"trian: no such key; did you mean train\?"),
         (["model.d_modell=1"], r"model.d_modell: no such key; did you mean model.d_model\?"),
         (["data.tokenizer.vocab=300"], r"data.tokenizer.vocab: no such key; did you mean data.tokenizer.vocab_size\?"),
+        (
+            ["train.stop_at=1001"],
+            "train: stop_at=1001 is behind the run's last step, steps=1000; leave it out, or make it smaller",
+        ),
+        (["train.stop_at=0"], "train.stop_at: got 0; input should be greater than 0"),
         (["optim.lr=fast"], "optim.lr: got 'fast'; input should be a valid number"),
         (["optim.lr=-1"], "optim.lr: got -1; input should be greater than 0"),
         (["optim.lr=.nan"], "optim.lr: got nan; input should be a finite number"),

@@ -75,6 +75,26 @@ def test_stopped_by_a_signal_saves_and_goes_on(number, undisturbed, corpus, tmp_
     assert_same_state(run_dir, undisturbed(1))
 
 
+@pytest.mark.slow
+def test_stopped_at_a_given_step_it_saves_and_goes_on_to_a_later_one(undisturbed, corpus, tmp_path):
+    """Step 7 is none at which a checkpoint is due. The learning rate stays that of 24 steps, or the losses would differ."""
+    recipe, run_dir = write_recipe(tmp_path, corpus), tmp_path / "runs/test"
+    text = run(deepspeed(2, "--config", recipe, "train.stop_at=7"), tmp_path / "first", code=75)
+    assert (
+        "stopped by train.stop_at at step 7 of 24, saved; the same command with a later train.stop_at, or without, "
+        "goes on from there" in text
+    )
+    assert (run_dir / "checkpoints/step-00000007/manifest.json").exists()
+    assert sorted(losses(run_dir)) == list(range(1, 8))
+    last = json.loads((run_dir / "ledger.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["step"], last["signal"]) == ("stopped", 7, None)
+    text = run(deepspeed(2, "--config", recipe, "train.stop_at=7"), tmp_path / "again", code=2)
+    assert "stands at step 7 and train.stop_at=7; to go on, give a later step or leave it out" in text
+    run(deepspeed(2, "--config", recipe, "train.stop_at=24"), tmp_path / "second")
+    assert losses(run_dir) == losses(undisturbed(1))
+    assert_same_state(run_dir, undisturbed(1))
+
+
 def test_a_finished_run_says_so(undisturbed, corpus, tmp_path):
     run_dir = undisturbed(1)
     recipe = write_recipe(tmp_path, corpus)

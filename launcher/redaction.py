@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 from data.urls import SECRET
 
+FOLDERS = ("PWD", "OLDPWD")  # the shell's, not passwords
 SHORTEST = 8  # characters of a variable's value; a shorter one is a flag or a number, and stands in many a line
 _PASSWORD = re.compile(r"://[^\s/?#@:]*:([^\s@]+)@")
 
@@ -18,7 +19,11 @@ _PASSWORD = re.compile(r"://[^\s/?#@:]*:([^\s@]+)@")
 @functools.cache
 def environment_secrets() -> tuple[str, ...]:
     """Values of variables that are called a key, token, password or the like, and passwords in URLs; the longest first."""
-    found = {value for name, value in os.environ.items() if SECRET.search(name) and len(value) >= SHORTEST}
+    found = {
+        value
+        for name, value in os.environ.items()
+        if SECRET.search(name) and name not in FOLDERS and len(value) >= SHORTEST
+    }
     for value in os.environ.values():
         found |= {form for password in _PASSWORD.findall(value) for form in (password, unquote(password))}
     return tuple(sorted(found, key=lambda secret: (-len(secret), secret)))

@@ -97,6 +97,16 @@ def test_what_is_hidden_and_what_is_not(environment):
     assert hide(line) == "false short user postgres://user:***@host/db *** *** ***"
 
 
+def test_the_current_folder_is_no_password(monkeypatch):
+    """A shell keeps it in PWD, so that every path below it was shown as ***."""
+    for name in ("PWD", "OLDPWD"):
+        monkeypatch.setenv(name, f"/home/ada/{name.lower()}")
+    monkeypatch.setenv("DB_PWD", "canary0008")
+    environment_secrets.cache_clear()
+    assert hide("/home/ada/pwd/runs/x /home/ada/oldpwd canary0008") == "/home/ada/pwd/runs/x /home/ada/oldpwd ***"
+    environment_secrets.cache_clear()
+
+
 def test_tracebacks_are_formatted_without_them(environment):
     try:
         raise RuntimeError("hf_canary0003")

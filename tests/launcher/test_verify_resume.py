@@ -105,6 +105,7 @@ from pathlib import Path
 code = subprocess.run([sys.executable, *sys.argv[1:]]).returncode
 checkpoint = Path({scratch!r}) / "resumed/checkpoints/step-{steps:08d}"
 if checkpoint.exists():
+    sys.path.insert(0, {tests!r})
     from made_runs import change_tensor
     print(change_tensor(checkpoint, "exp_avg_sq:norm.weight:0", element=3, by=1e-9))
 sys.exit(code)
@@ -114,7 +115,7 @@ sys.exit(code)
 @pytest.mark.slow
 def test_a_difference_of_one_number_after_a_real_resume_is_found(corpus, tmp_path, scratch, capfd):
     recipe, plant = write_recipe(tmp_path, corpus), tmp_path / "plant.py"
-    plant.write_text(PLANT.format(scratch=str(scratch), steps=STEPS))
+    plant.write_text(PLANT.format(scratch=str(scratch), steps=STEPS, tests=str(Path(__file__).parent)))
     code = main(["--config", str(recipe), "--steps", str(STEPS), "--launch", f"{sys.executable} {plant}"])
     text = capfd.readouterr().out
     assert code == 1, text

@@ -52,6 +52,8 @@ from parallel.replicas import ReplicaError
 log = logging.getLogger("longhaul")
 
 WATCHED_S = 30.0  # that a collective may last beyond parallel.timeout_s: in it the watchdog finds out why
+# What all ranks raise together, having agreed on it: no rank's own failure.
+ALIKE = (StreamEnd, FloatingPointError, ReplicaError, CheckpointError, LeaseLost)
 STOPPED = 75  # EX_TEMPFAIL: saved and not finished; whoever started it may start it again
 
 
@@ -164,7 +166,11 @@ def train(
             ledger.add("rewind", step=back.step, saved_step=saves.committed_step, samples=back.samples)
         raise
     except BaseException as error:
-        cause = watch.failed(error)
+        cause = f"{type(error).__name__}: {error}"
+        if isinstance(error, ALIKE):
+            watch.close()
+        else:
+            cause = watch.failed(error)  # which may be another rank's
         if mesh.rank == 0 and not isinstance(error, LeaseLost):  # then the ledger is another job's
             ledger.add("failed", step=progress.step, saved_step=saves.committed_step, error=hide(cause)[:1000])
         raise
@@ -523,6 +529,7 @@ def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None) -> int
             try:
                 code = train(cfg, data, engine, ledger, stop, lease, watch)
                 watch.close()
+                mesh.barrier()  # the store may end with rank 0's process
                 return code
             except Rewind as back:  # as if it had been stopped there and started again
                 log.warning("%s; going back to the newest checkpoint", back)

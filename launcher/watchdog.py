@@ -96,10 +96,10 @@ class Watchdog:
         return self._failure() or f"{type(error).__name__}: {error}"
 
     def close(self) -> None:
-        """Stop watching, on all ranks together: none leaves while another still looks for it."""
+        """Stop watching; peers that see this process end know then that it was meant to."""
         self._ended.set()
         self._thread.join()
-        self._mesh.barrier()
+        self._publish(ended=True)
 
     # -- in the thread --------------------------------------------------------------------------------------------------
 
@@ -131,13 +131,14 @@ class Watchdog:
     def _where(self) -> str:
         return f"{self._phase} of step {self._step}{self._samples}"
 
-    def _publish(self) -> None:
+    def _publish(self, ended: bool = False) -> None:
         self._beat += 1
         state = {
             "beat": self._beat,
             "entered": self._entered,
             "where": self._where(),
             "lasted_s": round(self._lasted_s),
+            "ended": ended,
         }
         self._ask(lambda: self._store.set(f"watchdog/{self._mesh.rank}", json.dumps(state)))
 
@@ -177,6 +178,8 @@ class Watchdog:
                 if _oom_kills() > self._oom_kills:
                     why = "its process was killed, out of memory: the control group counts an OOM kill"
                 states = self._states()
+                if states and states[peer.rank]["ended"]:
+                    continue
                 where = states[peer.rank]["where"] if states else "nowhere"
                 self._record(f"{self._name(peer.rank)} failed first, last seen in {where}: {why}")
 

@@ -39,7 +39,7 @@ from launcher.run_data import AnyLoader, RunData, open_data
 from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, refuse_other_config, save_config
 from launcher.saving import Progress, Saves, resume
 from launcher.signals import StopFlag, signal_name
-from launcher.watchdog import Watchdog
+from launcher.watchdog import ALLOWANCE_S, Watchdog
 from model.transformer import Transformer
 from parallel import device
 from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps
@@ -524,7 +524,7 @@ def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None) -> int
         agree_on_start(mesh, cfg, left_out)
         watch = Watchdog(mesh, cfg.parallel.timeout_s, stop, tell)
         engine = build_engine(cfg, mesh)
-        mesh.set_timeout(cfg.parallel.timeout_s + WATCHED_S)
+        mesh.set_timeout(cfg.parallel.timeout_s + max(ALLOWANCE_S.values()) + WATCHED_S)
         while True:
             try:
                 code = train(cfg, data, engine, ledger, stop, lease, watch)

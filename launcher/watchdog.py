@@ -16,14 +16,14 @@ import json
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launcher.lease import process_start_of
+from launcher.lease import process_start_of, this_process
 from launcher.redaction import hide
 from launcher.signals import StopFlag
 from parallel.mesh import Mesh
@@ -34,7 +34,9 @@ BEAT_S = 1.0  # between looks, and between heartbeats
 GRACE_S = 5.0  # for the main thread to end in its own way, once the job has failed
 LAUNCHER_GRACE_S = 30.0  # for the save at the next step, once the launcher is gone
 LATE_SHARE = 0.25  # of the limit: from then on a warning names who is behind
-LOST_STORE = 5  # beats in a row that the store may fail
+ALLOWANCE_S = {"start-up": 1800.0, "save": 3600.0}  # that these phases may last beyond the limit
+LOST_STORE = 5  # beats in a row that the store may refuse to answer
+ANSWER_S = 3.0  # for an answer of the store; a machine that is stopped gives none
 _FAILURE = "watchdog/failure"
 
 
@@ -43,8 +45,9 @@ class _Peer(NamedTuple):
 
     rank: int
     host: str
+    machine: str  # boot and PID namespace: hosts may share a name
     pid: int
-    start: int | None
+    start: int
 
 
 class Watchdog:
@@ -57,14 +60,20 @@ class Watchdog:
         from the thread, because the main thread no longer answers.
         """
         self._mesh, self._limit_s, self._stop, self._tell = mesh, limit_s, stop, tell
-        self._store, self._host = mesh.open_store(), socket.gethostname()
-        me = _Peer(mesh.rank, self._host, os.getpid(), process_start_of(os.getpid()))
+        self._store, self._asking = mesh.open_store(), ThreadPoolExecutor(1, thread_name_prefix="watchdog-store")
+        self._asked: Future | None = None
+        here = this_process()
+        me = _Peer(mesh.rank, here.host, here.machine, here.pid, here.process_start)
         self._peers = [_Peer(*fields) for fields in mesh.gather(tuple(me))]
-        self._neighbours = [peer for peer in self._peers if peer.host == self._host and peer.rank != mesh.rank]
+        self._neighbours = [
+            peer for peer in self._peers if (peer.host, peer.machine) == me[1:3] and peer.rank != mesh.rank
+        ]
         self._launchers = _launchers()
         self._oom_kills = _oom_kills()
         self._phase, self._step, self._samples, self._entered = "start-up", 0, "", 0
         self._beat, self._lasted_s, self._warned, self._failed_beats = 0, 0.0, False, 0
+        self._seen, self._looked = 0, time.monotonic()
+        self._launcher_ended: float | None = None
         self._told: str | None = None
         self._ended = threading.Event()
         self._publish()
@@ -104,29 +113,34 @@ class Watchdog:
     # -- in the thread --------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        seen, looked, launcher_ended = self._entered, time.monotonic(), None
         while not self._ended.wait(BEAT_S):
-            now = time.monotonic()
-            if self._entered != seen:
-                seen, self._lasted_s, self._warned = self._entered, 0.0, False
-            self._lasted_s += min(now - looked, 2 * BEAT_S)  # a laptop asleep is no hang
-            looked = now
-            self._publish()
-            self._look_for_dead()
-            if self._failed_beats > LOST_STORE:
-                self._end("rank 0, or the launcher that keeps the ranks' meeting place, does not answer any more")
-            if (cause := self._failure()) is not None:
-                self._leave_with_the_others(cause)
-            if launcher_ended is None and any(process_start_of(pid) != start for pid, start in self._launchers):
-                launcher_ended = now
-                log.warning("the launcher of this rank has ended; stopping as on SIGTERM, saved at the next step")
-                self._stop.request(signal.SIGTERM)
-            if launcher_ended is not None and now - launcher_ended > LAUNCHER_GRACE_S:
-                self._end(f"its launcher ended, and {LAUNCHER_GRACE_S:.0f} s later it still was in {self._where()}")
-            if self._lasted_s > self._limit_s:
-                self._hang()
-            elif self._lasted_s > LATE_SHARE * self._limit_s and not self._warned:
-                self._warn()
+            try:
+                self._look()
+            except Exception:  # one look less; without the thread nobody would look
+                log.exception("the watchdog could not look")
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if self._entered != self._seen:
+            self._seen, self._lasted_s, self._warned = self._entered, 0.0, False
+        self._lasted_s += min(now - self._looked, 2 * BEAT_S + ANSWER_S)  # a laptop asleep is no hang
+        self._looked = now
+        if self._launcher_ended is None and any(process_start_of(pid) != start for pid, start in self._launchers):
+            self._launcher_ended = now
+            log.warning("the launcher of this rank has ended; stopping as on SIGTERM, saved at the next step")
+            self._stop.request(signal.SIGTERM)
+        self._publish()
+        self._look_for_dead()
+        if self._failed_beats > LOST_STORE and self._launcher_ended is None:
+            self._end("rank 0, or the launcher that keeps the ranks' meeting place, does not answer any more")
+        if (cause := self._failure()) is not None:
+            self._leave_with_the_others(cause)
+        if self._launcher_ended is not None and now - self._launcher_ended > LAUNCHER_GRACE_S and self._phase != "save":
+            self._end(f"its launcher ended, and {LAUNCHER_GRACE_S:.0f} s later it still was in {self._where()}")
+        if self._lasted_s > self._limit_s + ALLOWANCE_S.get(self._phase, 0.0):
+            self._hang()
+        elif self._lasted_s > LATE_SHARE * self._limit_s and not self._warned:
+            self._warn()
 
     def _where(self) -> str:
         return f"{self._phase} of step {self._step}{self._samples}"
@@ -144,8 +158,13 @@ class Watchdog:
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         """The store's answer; None where it gives none."""
+        if self._asked is not None and not self._asked.done():
+            return None
         try:
-            answer = question()
+            self._asked = self._asking.submit(question)
+            answer = self._asked.result(ANSWER_S)
+        except TimeoutError:  # it may be stopped for a while; the limit of the phase decides
+            return None
         except Exception:  # of whatever kind the store's backend raises
             self._failed_beats += 1
             return None
@@ -241,6 +260,12 @@ class Watchdog:
                     f"the job hangs in {self._where()}: no rank is behind and none goes on; {limit}. They wait for "
                     "different collectives, or for storage or a device: the stacks of all ranks are in logs/"
                 )
+        if not states:
+            self._kill_stopped([0])
+            self._end(
+                f"{self._name(0)} does not answer, and it keeps the ranks' meeting place; this rank waits in "
+                f"{self._where()}; the limit is parallel.timeout_s={self._limit_s:g}. Stacks are in logs/"
+            )
         cause = self._failure()
         if cause is not None:
             _dump_stacks()

@@ -85,6 +85,15 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError(f"grad_accum_dtype={wanted} with precision={self.precision}; use fp32 or {self.precision}")
         return self
 
+    @model_validator(mode="after")
+    def _fp16_has_its_loss_scale(self) -> Self:
+        if self.precision == "fp16" and self.zero_stage == 0:
+            raise ValueError(
+                "precision=fp16 with zero_stage=0: DeepSpeed divides gradients by a loss scale there that it never "
+                "applied, and trains on next to nothing; use zero_stage 1, 2 or 3"
+            )
+        return self
+
     @property
     def resolved_grad_accum_dtype(self) -> str:
         if self.grad_accum_dtype is not None:

@@ -85,6 +85,10 @@ def test_the_resolved_config_loads_as_itself(recipe, tmp_path):
             ["parallel.grad_accum_dtype=fp32", "parallel.zero_stage=0"],
             "grad_accum_dtype=fp32 with precision=bf16 needs parallel.zero_stage 1, 2 or 3",
         ),
+        (
+            ["parallel.zero_stage=0", "parallel.precision=fp16"],
+            "parallel: precision=fp16 with zero_stage=0: .* that it never applied, .*; use zero_stage 1, 2 or 3",
+        ),
         (["parallel.grad_accum_dtype=fp16"], "grad_accum_dtype=fp16 with precision=bf16; use fp32 or bf16"),
         (["model.n_kv_heads=3"], "model.n_heads=4 is not a multiple of model.n_kv_heads=3"),
         (["run.name=null"], "run.name: got None; input should be a valid string"),

@@ -75,7 +75,9 @@ def test_more_ranks_than_the_batch_has_sequences(capsys, recipe, monkeypatch):
         "MASTER_PORT": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    assert "on 16 ranks; the nearest global batches that do are 32 (1024 tokens)" in refused(capsys, recipe)
+    message = refused(capsys, recipe)
+    assert "on 16 ranks; the nearest global batches that do are 32 (1024 tokens)" in message
+    assert "the nearest numbers of ranks that do are 4" in message
 
 
 def test_a_corpus_without_manifest_or_with_a_cut_shard(capsys, recipe, corpus, tmp_path):

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
 
+from launcher.launchers import process_start_of
 from launcher.run_dir import RunDirError
 
 log = logging.getLogger(__name__)
@@ -279,15 +280,6 @@ def _runs(pid: int, process_start: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def process_start_of(pid: int) -> int | None:
-    """Clock ticks from the machine's start to the process's, -1 if it has ended and waits for its parent; None if unseen."""
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-    return -1 if state in "ZX" else int(rest[18])
 
 
 def _slurm_state(job: str) -> str | None:

@@ -19,6 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from launcher.launchers import leaving_with_launcher  # first: it notes who started this rank before torch takes seconds
+
+# isort: split
 import torch
 from torch import Tensor
 
@@ -513,7 +516,8 @@ def main(argv: list[str]) -> int:
 
 
 def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None) -> int:
-    mesh = build_mesh(place, cfg.parallel.timeout_s)
+    with leaving_with_launcher():
+        mesh = build_mesh(place, cfg.parallel.timeout_s)
     stop, ledger, left_out = StopFlag(), Ledger(cfg.run_dir), Ledger(cfg.run_dir).left_out()
 
     def tell(cause: str) -> None:

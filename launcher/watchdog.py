@@ -23,7 +23,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launcher.lease import process_start_of, this_process
+from launcher.launchers import STARTED_BY, process_start_of
+from launcher.lease import this_process
 from launcher.redaction import hide
 from launcher.signals import StopFlag
 from parallel.mesh import Mesh
@@ -68,7 +69,6 @@ class Watchdog:
         self._neighbours = [
             peer for peer in self._peers if (peer.host, peer.machine) == me[1:3] and peer.rank != mesh.rank
         ]
-        self._launchers = _launchers()
         self._oom_kills = _oom_kills()
         self._phase, self._step, self._samples, self._entered = "start-up", 0, "", 0
         self._beat, self._lasted_s, self._warned, self._failed_beats = 0, 0.0, False, 0
@@ -125,7 +125,7 @@ class Watchdog:
             self._seen, self._lasted_s, self._warned = self._entered, 0.0, False
         self._lasted_s += min(now - self._looked, 2 * BEAT_S + ANSWER_S)  # a laptop asleep is no hang
         self._looked = now
-        if self._launcher_ended is None and any(process_start_of(pid) != start for pid, start in self._launchers):
+        if self._launcher_ended is None and any(launcher.ended() for launcher in STARTED_BY):
             self._launcher_ended = now
             log.warning("the launcher of this rank has ended; stopping as on SIGTERM, saved at the next step")
             self._stop.request(signal.SIGTERM)
@@ -306,30 +306,6 @@ def _dump_stacks() -> None:
             handler.flush()
             with contextlib.suppress(OSError, ValueError):
                 faulthandler.dump_traceback(handler.stream, all_threads=True)
-
-
-def _launchers() -> list[tuple[int, int | None]]:
-    """(pid, start) of the processes that started this rank and are there for that alone; empty without a launcher."""
-    found, pid = [], os.getppid()
-    for _ in range(2):  # torchrun, or DeepSpeed's launch.py and the runner before it
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            break
-        if not any(_is_launcher(word) for word in words[:4]):
-            break
-        found.append((pid, process_start_of(pid)))
-        pid = parent
-    return found if "RANK" in os.environ else []
-
-
-def _is_launcher(word: str) -> bool:
-    return word in ("deepspeed.launcher.launch", "torch.distributed.run") or Path(word).name in (
-        "deepspeed",
-        "ds",
-        "torchrun",
-    )
 
 
 def _oom_kills() -> int:

@@ -10,7 +10,7 @@ import pytest
 from launcher import audit
 from launcher.run_dir import Ledger
 from launcher.signals import StopFlag
-from launcher.watchdog import Watchdog, _launchers, _oom_kills
+from launcher.watchdog import Watchdog, _oom_kills
 from runs import (
     assert_same_state,
     deepspeed,
@@ -228,11 +228,6 @@ def test_the_first_failure_stays_the_cause(monkeypatch):
     assert first == f"rank 0 on {host} failed first, in step of step 7, samples 48 to 55: ValueError: no such thing"
     assert watch.failed(KeyError("later")) == first
     watch.close()
-
-
-def test_only_a_launcher_is_watched(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    assert _launchers() == []  # pytest is none
 
 
 def test_oom_kills_are_counted_where_the_kernel_tells():

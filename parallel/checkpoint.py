@@ -5,9 +5,9 @@
     checkpoints/latest                                 the name of the newest committed folder; a hint, never trusted alone
 
 A tensor in a file is named `KIND:PARAMETER:START`: elements START.. of the flattened parameter, fp32, one-dimensional.
-parallel/checkpoint_writer.py writes a folder as `step-N.staging`, syncs, hashes and lists it and then renames it: a folder
-with its final name is whole. Whoever reads it asks for element ranges, so the world size and ZeRO stage that wrote it do
-not matter.
+parallel/checkpoint_writer.py writes a folder as `step-N.KEY.staging`, syncs, hashes and lists it and then renames it: a
+folder with its final name is whole. Whoever reads it asks for element ranges, so the world size and ZeRO stage that wrote
+it do not matter.
 """
 
 import bisect

@@ -3,12 +3,16 @@
 The thread of every rank writes that rank's file; the threads agree among themselves, over a process group of their own,
 and rank 0's commits what all of them have written (the format: parallel/checkpoint.py). Nothing that goes wrong with a
 disk ends the training: the staging folder is removed, every rank learns of it alike, and the run tries again later.
+
+A staging folder carries a key of its writer's: a job that was stopped for a while, lost the run to another and wakes in
+the middle of a save touches no folder but its own.
 """
 
 import errno
 import json
 import logging
 import os
+import secrets
 import shutil
 import threading
 import time
@@ -77,9 +81,9 @@ class CheckpointWriter:
         before_commit: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.cfg = folder, cfg
-        self.committed_step = max(committed_steps(folder), default=0)
         self.failures = 0  # saves that have failed so far, as far as this rank knows
         self._mesh, self._on_done, self._before_commit = mesh.in_background(), on_done, before_commit
+        self._key, self.committed_step = mesh.broadcast((secrets.token_hex(4), max(committed_steps(folder), default=0)))
         self._copy: dict[str, torch.Tensor] = {}  # kept between saves: new memory costs more than the copy
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
@@ -136,7 +140,7 @@ class CheckpointWriter:
 
     def _write(self, manifest: Manifest, copied: dict[str, torch.Tensor], final: Path) -> int:
         first = self._mesh.rank == 0
-        staging = final.with_name(final.name + ".staging")
+        staging = final.with_name(f"{final.name}.{self._key}.staging")
         n_bytes = sum(self._together("looking at", lambda: _finite_bytes(copied)))
         try:
             self._together("preparing", lambda: self._prepare(staging, n_bytes))
@@ -170,11 +174,12 @@ class CheckpointWriter:
         return [value for value, *_ in outcomes]
 
     def _prepare(self, staging: Path, n_bytes: int) -> None:
-        self._before_commit()
+        leftovers = list(self.folder.glob("step-*.staging")) if self._mesh.rank == 0 else []
+        self._before_commit()  # so what was listed before it is of saves that were killed, and of no successor's
         if self._mesh.rank != 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("step-*.staging"):  # of saves that were killed
+        for leftover in leftovers:
             shutil.rmtree(leftover)
         free = shutil.disk_usage(self.folder).free
         if free < n_bytes + SPARE_BYTES:
@@ -193,6 +198,7 @@ class CheckpointWriter:
     def _commit(self, staging: Path, final: Path, manifest: Manifest) -> None:
         write_synced(staging / "manifest.json", manifest_text(manifest))
         sync(staging)
+        self._before_commit()  # again: a slow disk may have taken its time for these
         replaced = None
         if final.exists():  # the same step, from before the run went back behind it
             replaced = free_name(final.with_name(final.name + ".replaced"))

@@ -30,7 +30,7 @@ def damage(run_dir, step):
 
 
 def test_list(run_dir, capsys):
-    (run_dir / "checkpoints/step-00000007.staging").mkdir()
+    (run_dir / "checkpoints/step-00000007.0a1b2c3d.staging").mkdir()
     (run_dir / "checkpoints/step-00000002/manifest.json").unlink()
     (run_dir / "checkpoints/step-00000003/manifest.json").write_text("{")
     code, text = command(capsys, "list", run_dir)
@@ -38,7 +38,10 @@ def test_list(run_dir, capsys):
     assert "step-00000001  0.000 GB  1 files of 1 ranks  ZeRO 1  ?  0 tokens" in text
     assert "step-00000003  DAMAGED: " in text
     assert "step-00000002  0.000 GB  no checkpoint: its manifest is gone: its removal was begun" in text
-    assert "step-00000007.staging  0.000 GB  no checkpoint: being written, or left by a save that was killed" in text
+    assert (
+        "step-00000007.0a1b2c3d.staging  0.000 GB  no checkpoint: being written, or left by a save that was killed"
+        in text
+    )
     assert "5 checkpoints; " in text
 
 
@@ -56,7 +59,7 @@ def test_verify_names_what_is_damaged(run_dir, capsys):
 def test_prune_keeps_what_is_asked_and_the_newest_whole_one(run_dir, capsys):
     damage(run_dir, 5)
     damage(run_dir, 6)
-    (run_dir / "checkpoints/step-00000009.staging").mkdir()
+    (run_dir / "checkpoints/step-00000009.0a1b2c3d.staging").mkdir()
     code, text = command(capsys, "prune", run_dir, "--keep", 1, "--keep-every", 3, "--damaged", "--dry-run")
     assert code == 0
     assert "would remove step-00000001\nwould remove step-00000002\nwould remove step-00000005\n" in text
@@ -65,7 +68,7 @@ def test_prune_keeps_what_is_asked_and_the_newest_whole_one(run_dir, capsys):
     assert code == 0
     assert committed_steps(run_dir / "checkpoints") == [3, 4, 6]  # 3 and 6 were asked for, 4 is the newest whole one
     assert text.endswith(
-        "removed step-00000009.staging: being written, or left by a save that was killed\n3 checkpoints stay\n"
+        "removed step-00000009.0a1b2c3d.staging: being written, or left by a save that was killed\n3 checkpoints stay\n"
     )
 
 

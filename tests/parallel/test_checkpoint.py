@@ -258,7 +258,7 @@ def test_latest_is_only_a_hint(checkpoints, content, caplog):
 
 def test_a_half_deleted_or_staged_folder_is_no_checkpoint(checkpoints):
     (checkpoints / "step-00000002/manifest.json").unlink()
-    (checkpoints / "step-00000003.staging").mkdir()
+    (checkpoints / "step-00000003.0a1b2c3d.staging").mkdir()
     (checkpoints / "step-00000004").mkdir()
     assert committed_steps(checkpoints) == [1]
     assert newest_good(checkpoints, Alone()).manifest.step == 1

@@ -77,8 +77,8 @@ def test_what_is_being_removed_is_no_checkpoint(tmp_path, monkeypatch):
 
 def test_a_staging_folder_of_a_killed_save_is_removed(tmp_path):
     for step in (1, 7):
-        (tmp_path / f"step-0000000{step}.staging").mkdir()
-        (tmp_path / f"step-0000000{step}.staging/rank-00009.safetensors").write_text("half")
+        (tmp_path / f"step-0000000{step}.0a1b2c3d.staging").mkdir()
+        (tmp_path / f"step-0000000{step}.0a1b2c3d.staging/rank-00009.safetensors").write_text("half")
     assert Runs(tmp_path).save(1).error is None
     assert names(tmp_path) == ["latest", "step-00000001"]
     assert names(tmp_path / "step-00000001") == ["manifest.json", "rank-00000.safetensors"]
@@ -160,6 +160,39 @@ def test_a_job_that_may_not_write_any_more_commits_nothing(tmp_path):
     runs.writer._before_commit = lost
     assert "the run was taken over by host b, pid 9" in runs.save(1).error
     assert committed_steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("when", ["before the leftovers are removed", "before it has prepared", "before it commits"])
+def test_a_job_that_lost_the_folder_in_the_middle_of_a_save_leaves_its_successors_alone(tmp_path, monkeypatch, when):
+    """It was stopped there; the other has the same step under way and has removed what it found."""
+    mine, lost = Runs(tmp_path), []
+    mine.save(1)
+
+    def taken_over(removing=True):
+        lost.append("the run was taken over")
+        for leftover in tmp_path.glob("*.staging") if removing else []:
+            shutil.rmtree(leftover)
+        (tmp_path / "step-00000002.0a1b2c3d.staging").mkdir()
+        (tmp_path / "step-00000002.0a1b2c3d.staging/rank-00000.safetensors").write_text("half")
+
+    def refuse():
+        if lost:
+            raise OSError(lost[0])
+
+    mine.writer._before_commit = refuse
+    if when == "before the leftovers are removed":  # just after the look at the lease
+        mine.writer._before_commit = lambda: refuse() if lost else taken_over()
+    elif when == "before it has prepared":
+        usage = shutil.disk_usage
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: (taken_over(), usage(folder))[1])
+    else:
+        write = module.write_synced
+        monkeypatch.setattr(module, "write_synced", lambda *args: (write(*args), taken_over(removing=False)))
+    assert "OSError: the run was taken over" in mine.save(2).error
+    assert committed_steps(tmp_path) == [1]
+    theirs = tmp_path / "step-00000002.0a1b2c3d.staging"
+    assert names(theirs) == ["rank-00000.safetensors"]
+    assert [p.name for p in tmp_path.glob("*.staging")] == [theirs.name]
 
 
 @pytest.fixture

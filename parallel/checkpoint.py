@@ -231,7 +231,12 @@ def newest_good(folder: Path, mesh: "Mesh") -> CheckpointReader | None:
         path = folder / folder_name(step)
         wrong = [text for texts in mesh.gather(faults(path, mesh.rank, mesh.world_size)) for text in texts]
         if not wrong:
-            return CheckpointReader(path)
+            reader = CheckpointReader(path)
+            if mesh.rank == 0 and (
+                more := sorted({p.name for p in path.iterdir()} - {"manifest.json", *reader.manifest.files})
+            ):
+                log.warning("%s holds what its manifest does not name, and is not read: %s", path, ", ".join(more[:5]))
+            return reader
         damaged.append(path.name)
         if mesh.rank == 0:
             log.warning("checkpoint %s is damaged and set aside: %s", path, wrong[0])
@@ -264,7 +269,7 @@ def _warn_if_latest_differs(folder: Path, steps: list[int]) -> None:
     """`latest` is for people and other tools; what counts is found by looking at the folders."""
     newest = folder_name(steps[-1]) if steps else None
     try:
-        named = (folder / "latest").read_text(encoding="utf-8").strip() if steps else None
+        named = _said_by(folder / "latest") if steps else None
     except (OSError, ValueError) as error:
         log.warning("%s cannot be read (%s); going by the folders instead: %s", folder / "latest", error, newest)
         return
@@ -272,6 +277,15 @@ def _warn_if_latest_differs(folder: Path, steps: list[int]) -> None:
         log.warning(
             "%s says %.80r, the newest committed checkpoint is %s; using that", folder / "latest", named, newest
         )
+
+
+def _said_by(latest: Path) -> str:
+    """Its content, were it a run's: a short text, not what a link leads to, nor a pipe to wait for. Raises OSError."""
+    handle = os.open(latest, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        return os.read(handle, 200).decode().strip()
+    finally:
+        os.close(handle)
 
 
 class ZeroMoments:

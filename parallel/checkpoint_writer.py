@@ -205,9 +205,12 @@ class CheckpointWriter:
             os.rename(final, replaced)
         os.rename(staging, final)
         sync(final.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced)
-        write_synced(final.parent / "latest", final.name + "\n")
+        try:
+            if replaced is not None:
+                shutil.rmtree(replaced)
+            write_synced(final.parent / "latest", final.name + "\n")
+        except OSError as error:  # the checkpoint is there, and found without it
+            log.warning("%s is saved, but what comes after it failed: %s", final, error)
 
 
 class NotFinite(Exception):

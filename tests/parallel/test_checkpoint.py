@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from parallel.checkpoint import (
     CheckpointError,
@@ -254,6 +255,40 @@ def test_latest_is_only_a_hint(checkpoints, content, caplog):
     with caplog.at_level(logging.WARNING):
         assert newest_good(checkpoints, Alone()).manifest.step == 2
     assert "the newest committed checkpoint is step-00000002" in caplog.text
+
+
+def make_link(latest, outside):
+    latest.symlink_to(outside / "secret")
+
+
+def make_fifo(latest, _):
+    os.mkfifo(latest)
+
+
+@pytest.mark.parametrize(
+    "make", [make_link, make_fifo, lambda latest, _: latest.mkdir()], ids=["link", "fifo", "folder"]
+)
+def test_latest_that_is_no_file_is_not_followed(checkpoints, tmp_path, make, caplog):
+    (tmp_path / "secret").write_text("step-00000001\n")
+    (checkpoints / "latest").unlink()
+    make(checkpoints / "latest", tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert newest_good(checkpoints, Alone()).manifest.step == 2
+    assert "the newest committed checkpoint is step-00000002" in caplog.text or "going by the folders" in caplog.text
+    assert "step-00000001" not in caplog.text  # what the link leads to
+
+
+def test_a_stale_shard_besides_is_named_and_not_read(checkpoints, caplog):
+    """Left by a save of more ranks, say: it has other values for elements that the manifest's files hold."""
+    path = checkpoints / "step-00000002"
+    before = CheckpointReader(path).tensor("embed.weight")
+    stale = {f"weight:embed.weight:{start}": torch.full((7,), 9.0) for start in (0, 7)}
+    save_file(stale, path / "rank-00007.safetensors")
+    with caplog.at_level(logging.WARNING):
+        reader = newest_good(checkpoints, Alone())
+    assert reader.manifest.step == 2
+    assert f"{path} holds what its manifest does not name, and is not read: rank-00007.safetensors" in caplog.text
+    assert torch.equal(reader.tensor("embed.weight"), before)
 
 
 def test_a_half_deleted_or_staged_folder_is_no_checkpoint(checkpoints):

@@ -195,6 +195,23 @@ def test_a_job_that_lost_the_folder_in_the_middle_of_a_save_leaves_its_successor
     assert [p.name for p in tmp_path.glob("*.staging")] == [theirs.name]
 
 
+def test_a_latest_that_cannot_be_written_fails_no_save(tmp_path, caplog):
+    """The checkpoint is committed by then; a link is replaced and what it leads to stays as it is."""
+    runs, outside = Runs(tmp_path / "checkpoints"), tmp_path / "outside"
+    runs.save(1)
+    latest = tmp_path / "checkpoints/latest"
+    latest.unlink()
+    latest.mkdir()
+    assert runs.save(2).error is None
+    assert runs.writer.committed_step == 2
+    assert "step-00000002 is saved, but what comes after it failed: [Errno 21] Is a directory" in caplog.text
+    latest.rmdir()
+    outside.write_text("theirs")
+    latest.symlink_to(outside)
+    assert runs.save(3).error is None
+    assert (outside.read_text(), latest.is_symlink(), latest.read_text()) == ("theirs", False, "step-00000003\n")
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 10 MiB, for two checkpoints of 4."""

@@ -15,6 +15,8 @@ import json
 import logging
 import os
 import re
+import socket
+import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+SEEN_S = 60.0  # until a machine must see what another has written: NFS remembers a folder's content for as long
 STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -229,6 +232,7 @@ def newest_good(folder: Path, mesh: "Mesh") -> CheckpointReader | None:
     damaged = mesh.broadcast(_damaged(folder) if mesh.rank == 0 else None)
     for step in reversed(steps):
         path = folder / folder_name(step)
+        _wait_until_seen(path, mesh)
         wrong = [text for texts in mesh.gather(faults(path, mesh.rank, mesh.world_size)) for text in texts]
         if not wrong:
             reader = CheckpointReader(path)
@@ -248,6 +252,35 @@ def newest_good(folder: Path, mesh: "Mesh") -> CheckpointReader | None:
             "restore one from a copy, or start a new run under another run.name"
         )
     return None
+
+
+def _wait_until_seen(path: Path, mesh: "Mesh") -> None:
+    """Wait for the files that rank 0 sees in a checkpoint: its file system may show them late on other machines.
+
+    Raises CheckpointError, on all ranks, where a rank does not come to see them; nothing is wrong with the checkpoint then.
+    """
+    names = mesh.broadcast(_names(path) if mesh.rank == 0 else None)
+    until, told = time.monotonic() + SEEN_S, False
+    while (missing := sorted(names - _names(path))) and time.monotonic() < until:
+        if not told:
+            log.warning("%s is not seen whole on this machine yet; waiting for it up to %.0f s", path, SEEN_S)
+            told = True
+        time.sleep(0.2)
+    for rank, (host, unseen) in enumerate(mesh.gather((socket.gethostname(), missing))):
+        if unseen:
+            raise CheckpointError(
+                f"rank {rank} on {host} does not see {path / unseen[0]}, which rank 0 sees; is {path.parent} on a file "
+                "system that all machines share?"
+            )
+
+
+def _names(checkpoint: Path) -> set[str]:
+    """Of the files that matter, as this machine sees them."""
+    try:
+        found = os.listdir(checkpoint)  # which has a server asked anew
+    except OSError:
+        return set()
+    return {name for name in found if name == "manifest.json" or name.endswith(".safetensors")}
 
 
 def _damaged(folder: Path) -> list[str]:

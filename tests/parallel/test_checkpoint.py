@@ -4,11 +4,13 @@ import json
 import logging
 import os
 import shutil
+import threading
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import parallel.checkpoint as module
 from parallel.checkpoint import (
     CheckpointError,
     CheckpointReader,
@@ -289,6 +291,38 @@ def test_a_stale_shard_besides_is_named_and_not_read(checkpoints, caplog):
     assert reader.manifest.step == 2
     assert f"{path} holds what its manifest does not name, and is not read: rank-00007.safetensors" in caplog.text
     assert torch.equal(reader.tensor("embed.weight"), before)
+
+
+class Second(Alone):
+    """The second of two ranks, whose first sees everything."""
+
+    rank, world_size = 1, 2
+
+    def __init__(self, *of_rank_0):
+        self.of_rank_0 = list(of_rank_0)
+
+    def broadcast(self, _):
+        return self.of_rank_0.pop(0)
+
+    def gather(self, value):
+        return [(("first", []) if isinstance(value, tuple) else []), value]
+
+
+def test_what_another_machine_sees_already_is_waited_for(checkpoints, monkeypatch, caplog):
+    """A checkpoint that a rank sees late, in part or never is not damaged, and no other is used in its place."""
+    shard, away = checkpoints / "step-00000002/rank-00001.safetensors", checkpoints / "away"
+    names = {"manifest.json", "rank-00000.safetensors", shard.name}
+    shard.rename(away)
+    threading.Timer(0.5, away.rename, [shard]).start()
+    assert newest_good(checkpoints, Second([1, 2], [], names)).manifest.step == 2
+    assert "step-00000002 is not seen whole on this machine yet; waiting for it up to 60 s" in caplog.text
+    shard.rename(away)
+    monkeypatch.setattr(module, "SEEN_S", 0.3)
+    with pytest.raises(
+        CheckpointError, match=r"rank 1 on \S+ does not see .*rank-00001.safetensors, which rank 0 sees; is"
+    ):
+        newest_good(checkpoints, Second([1, 2], [], names))
+    assert committed_steps(checkpoints) == [1, 2]
 
 
 def test_a_half_deleted_or_staged_folder_is_no_checkpoint(checkpoints):

@@ -12,8 +12,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A job started in the background ignores Ctrl-C and hands that down; the tests that send one need it to arrive.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.path[:0] = [str(Path(__file__).parent / "parallel"), str(Path(__file__).parent / "launcher")]
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("parallel", "launcher", "faults")]
 
+pytest_plugins = ["table"]
 
 PACKAGES = ("json", "email", "asyncio")
 

@@ -272,6 +272,7 @@ REFUSED = {
 @pytest.mark.parametrize(
     "kind", [kind if kind == "pickle" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 )
+@pytest.mark.fault(51)
 def test_each_file_of_a_corpus_and_of_a_run(made, canary, monkeypatch, capsys, kind):
     """No command takes it for more than text or numbers, and each either does without it or says what is wrong."""
     monkeypatch.setattr(pretrain, "run", read_as_a_start_does)
@@ -297,6 +298,7 @@ def test_each_file_of_a_corpus_and_of_a_run(made, canary, monkeypatch, capsys, k
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fault(51)
 def test_a_checkpoint_whose_hashes_are_right(made, canary, tmp_path, kind):
     """As somebody writes it who knows the format."""
     folder = tmp_path / "step-00000002"
@@ -312,6 +314,7 @@ def test_a_checkpoint_whose_hashes_are_right(made, canary, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("file", ["00000.marks.npy", "00000.sketch.npy", "00000.verdict.npy"])
+@pytest.mark.fault(51)
 def test_the_marks_of_cleaning(canary, tmp_path, kind, file):
     cfg, prefix = CleanConfig(exact=True, near=NearConfig()), tmp_path / "clean/source/00000"
     prefix.parent.mkdir(parents=True)
@@ -328,6 +331,7 @@ def test_the_marks_of_cleaning(canary, tmp_path, kind, file):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json", "special_tokens_map.json",
                                   "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt"])  # fmt: skip
+@pytest.mark.fault(51)
 def test_a_hugging_face_tokenizer(canary, tmp_path, kind, file):
     backend = Backend(WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path / "folder")
@@ -363,6 +367,7 @@ def data_files(folder, canary, kind):
     ],
     ids=str,
 )
+@pytest.mark.fault(51)
 def test_the_text_of_a_corpus(canary, tmp_path, monkeypatch, kind, source):
     folder = str(data_files(tmp_path / "data", canary, kind))
     source = json.loads(json.dumps(source).replace("{}", folder))
@@ -380,6 +385,7 @@ def test_the_text_of_a_corpus(canary, tmp_path, monkeypatch, kind, source):
     [("json", "jsonl"), ("parquet", "parquet"), ("arrow", "arrow"), ("pandas", "pkl"), ("webdataset", "pkl"), ("{}", None),
      ("{}/saved", None), ("{}/scripted", None), ("{}/scripted/scripted.py", None)],
 )  # fmt: skip
+@pytest.mark.fault(51)
 def test_the_text_of_a_stream(canary, tmp_path, kind, dataset, files):
     folder = data_files(tmp_path / "data", canary, kind)
     named = None if files is None else [str(folder / f"file.{files}")]
@@ -393,6 +399,7 @@ def test_the_text_of_a_stream(canary, tmp_path, kind, dataset, files):
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mknod [{}]", "!!python/object/new:os.mknod [[{}]]",
                                  "!!python/name:os.mknod", "!!python/module:os"])  # fmt: skip
+@pytest.mark.fault(51)
 def test_tags_in_yaml_make_no_objects(canary, tmp_path, capsys, tag):
     tag = tag.format(canary)
     (tmp_path / "recipe.yaml").write_text(f"run:\n  name: {tag}\n")
@@ -411,6 +418,7 @@ def test_tags_in_yaml_make_no_objects(canary, tmp_path, capsys, tag):
      "data.stream={dataset: x, tokenizer: x, trust_remote_code: true}", "data.tokenizer.trust_remote_code=true",
      "model.trust_remote_code=true"],
 )  # fmt: skip
+@pytest.mark.fault(52)
 def test_code_that_comes_with_data_cannot_be_asked_for(override):
     message = "trust_remote_code: no such key; code that comes with a dataset, a tokenizer or a model is never run"
     with pytest.raises(ConfigError, match=message):

@@ -99,6 +99,7 @@ def test_sources_are_opened_by_name(make_corpus):
         Corpus.open(folder, "train", 4, source="songs")
 
 
+@pytest.mark.fault(50)
 def test_a_corpus_without_windows_has_no_order(make_corpus):
     with pytest.raises(CorpusError, match=r"only of .* \(train\) has no window of 9 tokens: its shards are shorter"):
         Corpus.open(make_corpus([[5], [6]]), "train", 9).order(0)
@@ -243,6 +244,7 @@ def rewrite(path, content, later_s):
 
 
 @pytest.mark.parametrize("change", ["rewritten", "cut", "appended"])
+@pytest.mark.fault(48)
 def test_a_shard_that_changes_while_it_is_read_ends_the_run(make_corpus, monkeypatch, change):
     monkeypatch.setattr(shards, "LOOK_EVERY_S", 0.0)
     folder = make_corpus([[30]])
@@ -258,6 +260,7 @@ def test_a_shard_that_changes_while_it_is_read_ends_the_run(make_corpus, monkeyp
 
 
 @pytest.mark.parametrize("how", ["removed", "renamed"])
+@pytest.mark.fault(48)
 def test_a_shard_that_goes_while_it_is_read_reads_on(make_corpus, monkeypatch, how):
     """The map keeps the content; whoever opens the corpus next is told."""
     monkeypatch.setattr(shards, "LOOK_EVERY_S", 0.0)
@@ -271,6 +274,7 @@ def test_a_shard_that_goes_while_it_is_read_reads_on(make_corpus, monkeypatch, h
         Corpus.open(folder, "train", 4)
 
 
+@pytest.mark.fault(48)
 def test_a_shard_rewritten_between_runs_is_compared_with_its_hash(make_corpus, caplog):
     """Of the same size, so that only its time tells; one that was only copied again is found equal, and said once."""
     folder = make_corpus([[30], [30]])

@@ -101,6 +101,7 @@ SECRETS = [
 
 
 @pytest.mark.parametrize("values", SECRETS)
+@pytest.mark.fault(53)
 def test_urls_with_credentials_are_refused_by_name_alone(values):
     with pytest.raises(
         ValidationError, match=r"data\.[a-z_.0-9]+ is a URL with .*would be saved with the run; give"

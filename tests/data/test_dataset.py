@@ -111,6 +111,7 @@ def test_max_epochs(folder):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6))
+@pytest.mark.fault(39)
 def test_exactly_once_over_any_world_and_any_change_on_purpose(folder, seed):
     """Stopped and gone on at random, with other ranks, batches, accumulation, and now and then other weights or sources:
     each source's samples are read in order, none twice, none left out."""
@@ -228,6 +229,7 @@ def test_a_change_that_comes_later_is_told(folder):
     ]
 
 
+@pytest.mark.fault(40)
 def test_other_data_is_refused(folder, make_corpus):
     cursor = opened(folder, MIX).cursor(10)
     with pytest.raises(DatasetError, match=r"on other data than .*: seed was 3, is 4\. Go on with"):
@@ -245,6 +247,7 @@ def test_other_data_is_refused(folder, make_corpus):
         opened(folder, MIX).go_on({**cursor, "fingerprint": "of version 1"})
 
 
+@pytest.mark.fault(40)
 def test_a_source_that_comes_back_must_be_the_same(folder, make_corpus):
     """However long it was away: its index goes on where it was, so its text must be what it was."""
     cursor = opened(folder, MIX).cursor(100)

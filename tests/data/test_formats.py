@@ -102,6 +102,7 @@ def test_empty_text_is_skipped(tmp_path):
     ],
 )
 @pytest.mark.parametrize("ending", PACK)
+@pytest.mark.fault(45)
 def test_bad_text(tmp_path, payload, reason, message, ending):
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(PACK[ending](payload))
@@ -197,6 +198,7 @@ GOOD = b'{"text": "good"}\n'
     ],
 )
 @pytest.mark.parametrize("ending", PACK)
+@pytest.mark.fault(44, 45)
 def test_bad_lines(tmp_path, line, reason, message, ending):
     limit = 4096 if reason == "too_long" else 2**24
     found = read_lines(tmp_path, GOOD + line + b"\n" + GOOD, ending, limit=limit)
@@ -210,6 +212,7 @@ def test_bad_lines(tmp_path, line, reason, message, ending):
     assert bad.name == f"{tmp_path}/a.jsonl{ending}" + (":2" if ending else "@17")
 
 
+@pytest.mark.fault(44)
 def test_nested_fields_that_are_missing(tmp_path):
     bad = only_bad(read_lines(tmp_path, b'{"meta": "x"}\n', field="meta.text"))
     assert "there is no field 'meta.text' (there is a string)" in bad.message
@@ -222,6 +225,7 @@ def test_a_template_repeats_no_text_beyond_the_limit(tmp_path):
     assert bad.reason == "too_long"
 
 
+@pytest.mark.fault(44)
 def test_line_numbers_of_bad_lines_in_later_units(tmp_path):
     lines = [b'{"text": "good"}\n' if number != 700 else b"bad\n" for number in range(1000)]
     found = read_lines(tmp_path, b"".join(lines), shard_bytes=1500)
@@ -337,6 +341,7 @@ def test_few_packed_files_are_striped_and_many_are_not(tmp_path, small_blocks):
 
 
 @pytest.mark.parametrize("n", [10_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.fault(49)
 def test_empty_documents_without_number(tmp_path, n):
     found = read_lines(tmp_path, b'{"text": ""}\n' * n)
     assert len(found) == n
@@ -361,6 +366,7 @@ def damaged(payload, at):
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 @pytest.mark.parametrize("shard_bytes", [10**9, 50_000])
+@pytest.mark.fault(46)
 def test_cut_packed_file(tmp_path, small_blocks, ending, shard_bytes):
     packed = PACK[ending](LONG)
     path = tmp_path / f"a.jsonl{ending}"
@@ -377,6 +383,7 @@ def test_cut_packed_file(tmp_path, small_blocks, ending, shard_bytes):
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.fault(44, 46)
 def test_damage_is_the_same_for_any_cutting(tmp_path, small_blocks, ending):
     packed = zstandard.ZstdCompressor(write_checksum=True).compress(LONG) if ending == ".zst" else gzip.compress(LONG)
     path = tmp_path / f"a.jsonl{ending}"
@@ -390,6 +397,7 @@ def test_damage_is_the_same_for_any_cutting(tmp_path, small_blocks, ending):
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.fault(46)
 def test_several_members_zeros_and_garbage(tmp_path, ending):
     pack = PACK[ending]
     path = tmp_path / f"a.jsonl{ending}"
@@ -413,6 +421,7 @@ def test_zstd_that_begins_with_a_skippable_frame(tmp_path):
     assert texts(read("jsonl", tmp_path / "a.jsonl")) == ["good"]
 
 
+@pytest.mark.fault(46)
 def test_contents_decide_and_names_that_promise_too_much_are_bad(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(gzip.compress(GOOD))
     (tmp_path / "b.gz").write_bytes(PACK[".zst"](GOOD))
@@ -442,6 +451,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 @pytest.mark.parametrize("kind", ["jsonl", "text"])
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.fault(46)
 def test_a_bomb_costs_little_memory(tmp_path, kind, ending):
     """Half a gigabyte of zeros between two good lines; the limit is 1 MiB."""
     packer = zlib.compressobj(1, wbits=31) if ending == ".gz" else zstandard.ZstdCompressor(level=1).compressobj()
@@ -506,6 +516,7 @@ TYPES = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("column", TYPES)
+@pytest.mark.fault(47)
 def test_types_of_columns(tmp_path, writer, column):
     path = WRITERS[writer](str(tmp_path / "a"), pa.table({"text": TYPES[column], "n": range(1000)}))
     assert texts(read(kind_of(writer), path, field="text.deep.er" if column == "nested" else "text")) == WORDS
@@ -518,6 +529,7 @@ def test_templates_over_columns(tmp_path, writer):
 
 
 @pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.fault(47)
 def test_bad_rows(tmp_path, writer):
     table = pa.table({"text": ["good", None, "", "a\0b", "x" * 2000, "good"]})
     path = WRITERS[writer](str(tmp_path / "a"), table)
@@ -536,6 +548,7 @@ def test_bad_rows(tmp_path, writer):
 
 
 @pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.fault(45)
 def test_rows_that_are_not_utf8(tmp_path, writer):
     wrong = pa.array([b"good", b"sch\xf6n", b"good"]).view(pa.string())
     path = WRITERS[writer](str(tmp_path / "a"), pa.table({"text": wrong}))
@@ -546,6 +559,7 @@ def test_rows_that_are_not_utf8(tmp_path, writer):
 
 
 @pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.fault(47)
 def test_schemas_that_drift(tmp_path, writer):
     tables = [
         {"text": ["good"]},
@@ -577,6 +591,7 @@ def test_a_wrong_file_is_named_once_however_it_is_cut(tmp_path, writer):
 
 
 @pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.fault(47, 50)
 def test_no_rows(tmp_path, writer):
     path = WRITERS[writer](str(tmp_path / "a"), pa.table({"text": pa.array([], pa.string())}))
     with pytest.raises(SourceError, match=r"there is no text in .*a; name files with text"):
@@ -587,6 +602,7 @@ def test_no_rows(tmp_path, writer):
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("payload", [b"", b"PAR1", b"text", b"ARROW1", os.urandom(100)])
+@pytest.mark.fault(47)
 def test_not_of_the_format(tmp_path, writer, payload):
     WRITERS[writer](str(tmp_path / "a"), pa.table({"text": ["good"]}))
     (tmp_path / "b").write_bytes(payload)
@@ -600,6 +616,7 @@ def test_not_of_the_format(tmp_path, writer, payload):
     assert bad.message.endswith("; fetch or write it again; nothing of it is read")
 
 
+@pytest.mark.fault(47)
 def test_parquet_without_its_footer(tmp_path):
     path = write_parquet(str(tmp_path / "a"))
     payload = Path(path).read_bytes()
@@ -609,6 +626,7 @@ def test_parquet_without_its_footer(tmp_path):
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])  # only a checksum sees the damage in what is not packed
+@pytest.mark.fault(47)
 def test_parquet_with_a_corrupt_page(tmp_path, compression):
     path = write_parquet(str(tmp_path / "a"), compression=compression, write_page_checksum=True)
     whole = read("parquet", path)
@@ -625,6 +643,7 @@ def test_parquet_with_a_corrupt_page(tmp_path, compression):
 
 
 @pytest.mark.parametrize("writer", ["stream", "file"])
+@pytest.mark.fault(47)
 def test_arrow_with_a_damaged_batch(tmp_path, writer):
     path = WRITERS[writer](str(tmp_path / "a"))
     whole = read("arrow", path)
@@ -641,6 +660,7 @@ def test_arrow_with_a_damaged_batch(tmp_path, writer):
     assert read("arrow", path, shard_bytes=20_000) == found
 
 
+@pytest.mark.fault(47)
 def test_arrow_stream_that_is_cut(tmp_path):
     path = write_arrow(str(tmp_path / "a"))
     payload = Path(path).read_bytes()

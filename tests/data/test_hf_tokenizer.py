@@ -197,6 +197,7 @@ def test_fingerprint_is_of_the_file_and_of_the_ids_that_the_config_chooses(byte_
     assert load_tokenizer(other).fingerprint != before
 
 
+@pytest.mark.fault(40)
 def test_a_changed_copy_is_refused(byte_level, tmp_path):
     load_tokenizer(byte_level).save(tmp_path / "t")
     changed = (tmp_path / "t" / "tokenizer.json").read_text() + "\n"
@@ -223,6 +224,7 @@ def test_no_end_of_document_and_no_special_tokens(tmp_path):
     assert load_tokenizer(tmp_path / "t", eos_token="b").eos_id == 1
 
 
+@pytest.mark.fault(52)
 def test_remote_code_is_refused(byte_level, tmp_path):
     folder = copy(byte_level, tmp_path / "t", auto_map={"AutoTokenizer": ["theirs.Slow", "theirs.Fast"]})
     with pytest.raises(

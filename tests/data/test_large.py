@@ -52,6 +52,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(49)
 def test_a_gigabyte_is_named_and_costs_a_quarter_of_it(folder):
     """Of the default limit, 256 MiB, a worker holds at most as much and then nothing; the files are holes mostly."""
     with open(folder / "lines.jsonl", "wb") as stream:
@@ -75,6 +76,7 @@ def test_a_gigabyte_is_named_and_costs_a_quarter_of_it(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(49)
 def test_a_large_document_is_taken_in_a_multiple_of_its_size(folder):
     """The line, its text, the text in UTF-8 and in parts, and its ids: 6 times its size for words."""
     size = 128 * len(WORDS)

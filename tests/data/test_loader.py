@@ -77,6 +77,7 @@ def test_shapes_and_places(corpus, ranks):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6))
+@pytest.mark.fault(39)
 def test_each_sample_once_over_stops_and_worlds(corpus, seed):
     """A run stopped and gone on with other ranks and micro-batches at random, over more than one epoch."""
     generator = random.Random(seed)
@@ -110,6 +111,7 @@ def test_cursor_counts_only_what_was_handed_out(corpus):
     assert first[3].samples.ravel().tolist() == list(range(24, 32))
 
 
+@pytest.mark.fault(40)
 def test_cursor_of_other_data_is_refused(corpus, make_corpus):
     with loader_of(corpus) as loader:
         cursor = loader.cursor()

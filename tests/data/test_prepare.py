@@ -314,6 +314,7 @@ def test_without_held_out_split(tmp_path, chosen):
 
 
 @pytest.mark.parametrize(("fraction", "empty"), [(0.02, "valid"), (0.98, "train")])
+@pytest.mark.fault(50)
 def test_too_few_documents_to_split(tmp_path, chosen, fraction, empty):
     sources = write_texts(tmp_path / "texts", ["one text", "another text"])
     cfg = config(tmp_path / "corpus", sources=sources, valid_fraction=fraction, **chosen)
@@ -334,6 +335,7 @@ def test_one_source_without_a_held_out_document_is_a_warning(tmp_path, chosen, c
     assert "no document of few is held out, so that there is no validation loss of it" in caplog.text
 
 
+@pytest.mark.fault(50)
 def test_a_source_of_which_nothing_is_left_is_refused(tmp_path, chosen):
     sources = write_texts(tmp_path / "texts", ["short"] * 3)
     cfg = config(tmp_path / "corpus", sources=sources, clean={"filters": ["gopher_quality"]}, **chosen)
@@ -356,6 +358,7 @@ def write_bad(folder, bad):
             "shard_bytes": 5_000}  # fmt: skip
 
 
+@pytest.mark.fault(44)
 def test_a_malformed_document_stops_it_and_the_message_says_how_to_go_on(tmp_path, chosen):
     made = write_bad(tmp_path, [301]) | chosen
     with pytest.raises(PrepareError, match=r"(?s)source 'some': .*some.jsonl.*data.on_bad=skip"):
@@ -369,6 +372,7 @@ def test_a_malformed_document_stops_it_and_the_message_says_how_to_go_on(tmp_pat
     assert {name: after[name] for name in before} == before
 
 
+@pytest.mark.fault(44)
 def test_malformed_documents_are_left_out_counted_and_listed(tmp_path, chosen):
     bad = [5, 6, 7, 300, 599]
     made = write_bad(tmp_path, bad) | chosen | {"on_bad": "skip"}
@@ -384,6 +388,7 @@ def test_malformed_documents_are_left_out_counted_and_listed(tmp_path, chosen):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.fault(44)
 def test_more_malformed_documents_than_allowed_stop_it(tmp_path, chosen, workers):
     """Outcome whatever the timing: six, in six units, are one too many; then five more are allowed and it goes on."""
     made = write_bad(tmp_path, [5, 105, 205, 305, 405, 505]) | chosen | {"on_bad": "skip", "workers": workers}
@@ -408,6 +413,7 @@ def test_one_unit_with_too_many_does_not_read_on(tmp_path, chosen):
         prepare(config(tmp_path / "corpus", **made))
 
 
+@pytest.mark.fault(45)
 def test_bad_text_stops_everything_and_leaves_no_part(tmp_path, chosen):
     sources = write_texts(tmp_path / "texts", [f"text {number}" for number in range(40)])
     (tmp_path / "texts" / "030.txt").write_bytes(b"sch\xf6n")
@@ -463,6 +469,7 @@ def test_duplicates_are_left_out_the_same_way_by_one_and_two(tmp_path, chosen):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(48)
 def test_a_text_that_changes_between_the_passes_is_refused(tmp_path, chosen, monkeypatch):
     made = write_duplicates(tmp_path)
     real = module._run
@@ -672,11 +679,13 @@ def test_what_a_run_chooses_is_not_refused(finished, place, copy):
     assert prepare(cfg.model_copy(update={"sources": sources})) == finished[1]
 
 
+@pytest.mark.fault(40)
 def test_another_tokenizer_is_refused(copy, place, chosen):
     with pytest.raises(PrepareError, match=r"(?s)data.tokenizer.fingerprint: not set in the folder, \w{16} now"):
         prepare(mixture(copy, place, **chosen))
 
 
+@pytest.mark.fault(48)
 def test_changed_text_under_an_unfinished_corpus_is_refused(tmp_path, chosen):
     sources = write_texts(tmp_path / "texts", [f"text {number}" for number in range(40)])
     cfg = config(tmp_path / "corpus", sources=sources, **chosen)

@@ -193,6 +193,7 @@ def test_another_corpus_with_a_shard_missing(place, tmp_path):
     assert not (tmp_path / "corpus" / MANIFEST).exists()
 
 
+@pytest.mark.fault(48)
 def test_pairs_that_change_under_a_finished_corpus_are_refused(place, tmp_path):
     tokenizer = {"vocab_size": 300, "path": str(place / "first-tokenizer")}
     write_pair(tmp_path / "a", [[1, 2]])

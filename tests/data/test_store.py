@@ -845,6 +845,7 @@ def can_mount():
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs unshare and user namespaces, to mount a small disk")
+@pytest.mark.fault(18)
 def test_a_full_disk_makes_room_and_is_told_when_it_cannot(tmp_path):
     """A disk of 1 MiB, shards of 330 kB and a bound of 8: two shards fit."""
     script = f"""

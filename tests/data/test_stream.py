@@ -303,6 +303,7 @@ def test_the_config_refuses_what_it_cannot_use():
         (['{"text": "a"}', '{"text": 7}'], r"bad\.jsonl cannot be read after row 0"),
     ],
 )
+@pytest.mark.fault(44, 45)
 def test_malformed_documents_stop_the_step_and_are_named(pieces, good, tmp_path, lines, match):
     bad = tmp_path / "bad.jsonl"
     bad.write_text("\n".join(lines))
@@ -322,12 +323,14 @@ def test_a_json_list_whose_fields_show_when_it_is_read(pieces, tmp_path):
         next(loader_of(config(pieces, [str(path)], "json", lanes=1), G=1))
 
 
+@pytest.mark.fault(50)
 def test_empty_files_are_refused_at_the_first_step(pieces, tmp_path):
     paths = write(tmp_path, "parquet", [[""] * 30])
     with pytest.raises(StreamError, match=r"lane 0 of 1 has 0 tokens, a window takes 17; it reads .*00\.parquet"):
         next(loader_of(config(pieces, paths, "parquet", lanes=1), G=1))
 
 
+@pytest.mark.fault(46, 47)
 def test_a_cut_gzip_and_a_file_without_footer_are_named(pieces, tmp_path, good):
     whole = gzip.compress(Path(good[0]).read_bytes() * 20)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
@@ -345,6 +348,7 @@ def test_text_files_by_document(pieces, tmp_path):
     assert tokenizer.decode(one_epoch(cfg, 0)) == "one\n\ntwo\n" * 9
 
 
+@pytest.mark.fault(40)
 def test_a_cursor_of_other_data_is_refused(pieces, good, tmp_path):
     cfg = config(pieces, good, lanes=4)
     _, cursor = run(cfg, 1)
@@ -404,6 +408,7 @@ def pids(loader):
     return [process.pid for process in loader._source._processes]
 
 
+@pytest.mark.fault(3)
 def test_workers_give_the_same_windows_and_a_killed_one_is_named(pieces, layouts):
     """One start of workers for several properties: they are slow to start."""
     cfg = config(pieces, layouts["parquet"], "parquet", lanes=4, shuffle_buffer=4)
@@ -430,6 +435,7 @@ def test_workers_give_the_same_windows_and_a_killed_one_is_named(pieces, layouts
     assert after == {sample: longer[sample] for sample in range(48, 64)}
 
 
+@pytest.mark.fault(48)
 def test_files_that_change_as_the_workers_start_are_refused(pieces, good):
     job = Job(config(pieces, good, lanes=1), "1 files of 7 bytes", (LaneState(lane=0),), T, 5, 0, 2)
     crew = Crew([job])

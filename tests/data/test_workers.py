@@ -99,6 +99,7 @@ def test_an_exception_that_cannot_travel_is_said_in_words():
     ("work", "match"),
     [(kill_itself, r"killed by SIGKILL .*out of memory: use fewer workers"), (leave, "ended with code 7")],
 )
+@pytest.mark.fault(3)
 def test_a_dead_worker_is_an_error(work, match):
     with pytest.raises(WorkerDied, match=match):
         list(run_tasks(work, [1, 2, 3], 2, print))

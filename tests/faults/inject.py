@@ -1,22 +1,28 @@
 """A rank of a job with a fault in it: python tests/faults/inject.py FAULT RANK STEP -- arguments of launcher/pretrain.py
 
-The fault happens on one rank at one optimizer step (counted from 1). It is put in from outside, so that the program itself
-holds nothing for tests; torchrun and deepspeed start this file instead of launcher/pretrain.py.
+The fault happens on one rank at one optimizer step (counted from 1; 0: before the first). It is put in from outside, so
+that the program itself holds nothing for tests; torchrun and deepspeed start this file instead of launcher/pretrain.py.
 """
 
+import ctypes
 import math
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import launcher.pretrain as pretrain
 import launcher.watchdog as watchdog
-from parallel import checkpoint_writer
+from launcher import saving
+from launcher.saving import Saves
+from parallel import checkpoint, checkpoint_writer
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 
@@ -43,7 +49,7 @@ def count_steps() -> None:
     enter = watchdog.Watchdog.enter
 
     def counted(self: Any, phase: str, step: int, samples: Any = ()) -> None:
-        now["step"] = step if phase in ("forward", "backward", "update") else 0
+        now["step"] = step if phase in ("forward", "backward", "update", "save") else 0
         enter(self, phase, step, samples)
 
     watchdog.Watchdog.enter = counted  # type: ignore[method-assign]
@@ -57,6 +63,34 @@ def nan_in_a_weight(engine: Any) -> None:
     next(f for f in engine.fragments() if f.kind == "weight").tensor[0] = math.nan
 
 
+def bit_of_a_weight(saves: Any) -> None:
+    next(iter(saves._engine.parameters.values())).detach().view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+
+
+def slower_steps(_: Any) -> None:
+    """Time for a test to do what it does beside them."""
+    update = Engine.update
+    Engine.update = lambda *args: (time.sleep(0.15), update(*args))[1]  # type: ignore[method-assign]
+
+
+def late_view(folder: Path, seconds: float = 3.0) -> None:
+    """This process sees an empty folder there for so long, as NFS may show it: a mount of its own."""
+    empty = Path(f"{folder}.as-seen")
+    empty.mkdir()
+    if ctypes.CDLL(None, use_errno=True).unshare(0x20000):  # CLONE_NEWNS
+        raise OSError(ctypes.get_errno(), "unshare")
+    for arguments in (["--make-rprivate", "/"], ["--bind", str(empty), str(folder)]):
+        subprocess.run(["mount", *arguments], check=True)
+    timer = threading.Timer(seconds, subprocess.run, [["umount", "-l", str(folder)]])
+    timer.daemon = True
+    timer.start()
+
+
+def no_view(folder: Path) -> None:
+    checkpoint.SEEN_S = 2.0
+    late_view(folder, 600)
+
+
 def slow_syncs(_: Any) -> None:
     sync = checkpoint_writer.sync
     checkpoint_writer.sync = lambda path: (time.sleep(2), sync(path))  # type: ignore[assignment]
@@ -67,6 +101,7 @@ def another_collective(engine: Any) -> None:
 
 
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], None]]] = {
+    "die-at-start": (pretrain, "build_mesh", die),
     "die-in-forward": (Engine, "forward", die),
     "die-in-backward": (Engine, "backward", die),
     "die-in-reduce": (Mesh, "sum_on_device", die),
@@ -76,6 +111,10 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], None]]] = {
     "desync": (Engine, "forward", another_collective),
     "nan-weight": (Engine, "forward", nan_in_a_weight),
     "slow-sync": (Engine, "forward", slow_syncs),
+    "flip-bit": (Saves, "begin", bit_of_a_weight),
+    "slow-steps": (Engine, "forward", slower_steps),
+    "late-view": (saving, "newest_good", late_view),
+    "no-view": (saving, "newest_good", no_view),
 }
 
 

@@ -28,6 +28,7 @@ def cases(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.fault(4, 5, 6)
 def test_a_rank_killed_at_any_file_operation_of_a_save_costs_at_most_that_save(cases):
     """What goes on from whatever is whole then ends bit-equal to the run that nobody killed."""
     undisturbed = next(case for case in cases if case["n"] == 0)

@@ -30,6 +30,7 @@ KILLED_AFTER = [5, 12, 17, 25, 31, 38, 42, 50, 57, 66]
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.fault(39)
 def test_a_run_killed_ten_times_on_changing_ranks_and_stages_reads_and_learns_the_same(corpus, tmp_path, capsys):
     """Losses and weights within what the order of additions changes; every sample once, which the audit proves."""
     common = [f"train.steps={STEPS}", f"train.global_batch_size={BATCH}", "checkpoint.every=4", "model.dropout=0.0"]

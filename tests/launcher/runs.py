@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from parallel.state import KINDS
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent  # deepspeed and torchrun of this environment
 PRETRAIN = "launcher/pretrain.py"
+INJECT = "tests/faults/inject.py"  # the same with faults in it
 
 RECIPE = """
 run: {{name: {name}, folder: {folder}, seed: 4611686018427387904}}
@@ -52,6 +54,14 @@ def deepspeed(ranks: int, *arguments: object) -> list[str]:
     port = free_port()
     return [str(SCRIPTS / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(port), PRETRAIN,
             *map(str, arguments)]  # fmt: skip
+
+
+def injected(
+    fault: str, rank: int, step: int, recipe: Path, *arguments: object, launch: Callable[..., list[str]] = torchrun
+) -> list[str]:
+    """Two ranks with a fault of tests/faults/inject.py in one of them, at an optimizer step; 0: before the first."""
+    command = launch(2, fault, rank, step, "--", "--config", recipe, *arguments)
+    return [INJECT if word == PRETRAIN else word for word in command]
 
 
 def free_port() -> int:
@@ -91,7 +101,7 @@ def rank_pids(recipe: Path) -> list[int]:
             continue
         # a launcher has the script among its arguments too, but not as the program that Python runs
         program = [word for word in command[1:] if word not in ("-u", "")]
-        if str(recipe) in command and program and program[0] == PRETRAIN:
+        if str(recipe) in command and program and program[0] in (PRETRAIN, INJECT):
             found.append(int(entry.name))
     return sorted(found)
 

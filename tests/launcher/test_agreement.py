@@ -38,6 +38,7 @@ def copy_of_the_checkout(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.fault(42)
 def test_a_node_with_other_code_is_refused(corpus, tmp_path):
     other = copy_of_the_checkout(tmp_path / "checkout")
     with open(other / "model/loss.py", "a") as file:
@@ -51,6 +52,7 @@ def test_a_node_with_other_code_is_refused(corpus, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(42)
 def test_a_node_with_another_config_is_refused_with_the_key_and_both_values(corpus, tmp_path):
     for output, code in two_ranks(write_recipe(tmp_path, corpus), more=((), ("optim.lr=2e-3",))):
         assert code == 2, output

@@ -69,6 +69,7 @@ def audit(capsys, *arguments):
     return code, out.out + out.err
 
 
+@pytest.mark.fault(39)
 def test_restarts_on_other_ranks_are_proved(make_run, capsys):
     run_dir = make_run(*RESTARTS)
     code, text = audit(capsys, run_dir, "--verify")

@@ -141,6 +141,7 @@ def events(run_dir, kind):
     return [event for event in Ledger(run_dir).events() if event["event"] == kind]
 
 
+@pytest.mark.fault(37)
 def test_a_spike_is_told_with_its_documents_and_skipped_on_all_ranks_alike(poisoned, tmp_path, capsys):
     """Kept from the weights: AdamW has made all updates but those of the steps that read noise."""
     make, steps = poisoned
@@ -160,6 +161,7 @@ def test_a_spike_is_told_with_its_documents_and_skipped_on_all_ranks_alike(poiso
     assert len(newest.totals["losses"]) == 8
 
 
+@pytest.mark.fault(37)
 def test_a_run_rewinds_leaves_the_noise_out_and_does_so_alike_each_time(poisoned, tmp_path):
     """Twice undisturbed, and once killed after the first rewind: the same steps, losses and weights, to the last bit."""
     make, steps = poisoned
@@ -194,6 +196,7 @@ def wait_for_event(run_dir, kind, process):
         time.sleep(0.01)
 
 
+@pytest.mark.fault(37)
 def test_a_run_that_rewinds_too_often_stops_and_names_the_limit(poisoned, tmp_path):
     recipe, changes = poisoned[0](tmp_path)
     command = ["train.bad_steps.loss_spike=rewind", "train.bad_steps.max_rewinds=1"]

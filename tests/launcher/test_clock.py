@@ -55,6 +55,7 @@ def curve(run_dir):
     return dict(points)
 
 
+@pytest.mark.fault(41)
 def test_tensorboard_reads_starts_in_their_order_whatever_their_clocks_said(tmp_path, monkeypatch):
     """Set back again and again, also to the same second."""
     for number, (now, resumed) in enumerate([(900, 0), (500, 3), (500, 5), (1000, 6), (100, 8), (950, 9)]):
@@ -89,6 +90,7 @@ def command(recipe, hours):
 
 
 @pytest.mark.parametrize("hours", [-24, pytest.param(24, marks=pytest.mark.slow)])
+@pytest.mark.fault(41)
 def test_a_run_whose_clock_jumps_between_two_starts(corpus, tmp_path, hours):
     straight, recipe = write_recipe(tmp_path, corpus, "straight"), write_recipe(tmp_path, corpus)
     run(command(straight, 0), tmp_path / "straight.log")

@@ -108,6 +108,7 @@ def test_the_resolved_config_loads_as_itself(recipe, tmp_path):
         (["optim.lr=[1"], r"optim.lr=\[1: not YAML"),
     ],
 )  # fmt: skip
+@pytest.mark.fault(43)
 def test_what_is_wrong_is_said(recipe, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(recipe, overrides)
@@ -132,6 +133,7 @@ def test_what_is_wrong_is_said(recipe, overrides, message):
         ("https://me:hunter2@host=token", r"'https://\*\*\*@host=\*\*\*': expected section.key=value"),
     ],
 )  # fmt: skip
+@pytest.mark.fault(53)
 def test_credentials_are_not_shown(recipe, override, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_config(recipe, [override])
@@ -146,6 +148,7 @@ def test_a_section_that_is_none_is_not_shown_where_it_is_an_option(recipe, tmp_p
         assert "hunter2" not in str(error.value)
 
 
+@pytest.mark.fault(43)
 def test_all_errors_come_at_once(recipe):
     with pytest.raises(ConfigError) as error:
         load_config(recipe, ["optim.lr=-1", "train.stepz=3", "model.d_model=x", "checkpoint.every=0"])
@@ -166,6 +169,7 @@ def test_all_errors_come_at_once(recipe):
         ("run: {name: x}\n", "model: missing; it has no default"),
     ],
 )
+@pytest.mark.fault(43)
 def test_a_broken_recipe_is_refused(tmp_path, text, message):
     path = tmp_path / "r.yaml"
     path.write_text(text)
@@ -173,6 +177,7 @@ def test_a_broken_recipe_is_refused(tmp_path, text, message):
         load_config(str(path), [])
 
 
+@pytest.mark.fault(43)
 def test_a_missing_recipe_lists_those_that_exist(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read the recipe .*none.yaml: .*recipes here: configs/"):
         load_config(str(tmp_path / "none.yaml"), [])
@@ -191,6 +196,7 @@ def test_accumulation_is_derived(recipe, batch, micro, ranks, accum):
     assert cfg.grad_accum_steps(ranks) == accum
 
 
+@pytest.mark.fault(39, 43)
 def test_a_batch_that_does_not_divide_names_the_two_nearest(recipe):
     cfg = load_config(recipe, ["train.global_batch_size=10", "train.micro_batch_size=2"])
     with pytest.raises(
@@ -208,6 +214,7 @@ def test_a_batch_that_does_not_divide_names_the_two_nearest(recipe):
         (7, 2, 3, r"are 6 \(192 tokens\) and 12 \(384 tokens\)$"),
     ],
 )  # fmt: skip
+@pytest.mark.fault(39, 43)
 def test_a_topology_that_does_not_divide_the_batch_names_those_that_do(recipe, batch, micro, ranks, message):
     cfg = load_config(recipe, [f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}"])
     with pytest.raises(ConfigError, match=message):
@@ -229,6 +236,7 @@ def test_a_topology_that_does_not_divide_the_batch_names_those_that_do(recipe, b
         ("{log_level: .nan}", "only what JSON can hold may be passed on"),
     ],
 )
+@pytest.mark.fault(43)
 def test_deepspeed_keys_are_checked(recipe, given, message):
     cfg = load_config(recipe, [f"parallel.deepspeed={given}"])
     assert re.search(message, "\n".join(check_passthrough(cfg.parallel))), check_passthrough(cfg.parallel)

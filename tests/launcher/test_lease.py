@@ -65,6 +65,7 @@ def holding(run_dir, seconds=100.0, **env) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.fault(22)
 def test_a_living_holder_is_named_and_nothing_is_written(tmp_path):
     holder = holding(tmp_path, SLURM_JOB_ID="17", SLURM_RESTART_COUNT="2")
     before = {path: path.stat().st_ino for path in tmp_path.rglob("*")}
@@ -97,6 +98,7 @@ def test_a_released_lease_is_free_and_numbers_only_go_up(tmp_path):
         assert [path.name for path in (tmp_path / "lease").iterdir()] == [f"{number:08d}.json"]
 
 
+@pytest.mark.fault(23)
 def test_a_pid_that_another_process_has_got_since(tmp_path):
     leave(tmp_path, process_start=1)
     assert took_s(tmp_path) < lease.STALE_S
@@ -114,6 +116,7 @@ def test_a_process_that_proc_hides_is_asked_for_by_signal(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("payload", [None, b"", b"{", b'{"host": 3}'], ids=["record", "empty", "cut", "no record"])
+@pytest.mark.fault(23)
 def test_a_dead_holder_elsewhere_is_replaced_when_its_heartbeat_stands_still(tmp_path, payload):
     """Also one cut while it took the lease. Its clock may say what it likes."""
     leave(tmp_path, machine="another", since="2999-01-01 00:00:00")
@@ -122,6 +125,7 @@ def test_a_dead_holder_elsewhere_is_replaced_when_its_heartbeat_stands_still(tmp
     assert took_s(tmp_path) >= lease.STALE_S
 
 
+@pytest.mark.fault(22)
 def test_a_living_holder_elsewhere_is_refused(tmp_path):
     theirs = Lease(tmp_path / "lease/00000001.json", leave(tmp_path, host="node7", machine="another"))
     try:
@@ -143,6 +147,7 @@ def test_time_in_which_nobody_looked_does_not_count(monkeypatch):
     assert (watch.beats, watch.quiet_s) == (1, 0.0)
 
 
+@pytest.mark.fault(23)
 def test_the_same_slurm_job_requeued_takes_over_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -166,6 +171,7 @@ def test_the_same_slurm_job_requeued_takes_over_at_once(tmp_path, monkeypatch):
         ("echo FAILED", "another", False),  # whose job 17 is another one
     ],
 )
+@pytest.mark.fault(23)
 def test_slurm_is_asked_for_a_holder_elsewhere(tmp_path, monkeypatch, answer, cluster, gone):
     squeue = tmp_path / "squeue"
     squeue.write_text(f'#!/bin/sh\n[ "$*" = "--noheader --states=all --format=%T --jobs=17" ] || exit 3\n{answer}\n')
@@ -253,6 +259,7 @@ FORKS = """
 """
 
 
+@pytest.mark.fault(23)
 def test_killed_at_each_line_of_taking_and_releasing_the_next_start_goes_on(tmp_path):
     code = """
     last, number = sys.argv[2], 0
@@ -289,6 +296,7 @@ def test_killed_at_each_line_of_taking_and_releasing_the_next_start_goes_on(tmp_
         assert int(done.stdout.split()[-1]) > 50
 
 
+@pytest.mark.fault(22)
 def test_of_several_takers_one_wins(tmp_path):
     """Processes that pause at random at every line; the winner is killed and the others of the next round take over."""
     code = """
@@ -332,6 +340,7 @@ def test_of_several_takers_one_wins(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.fault(22)
 def test_who_took_a_number_that_was_free_again_steps_back(tmp_path):
     """It found holder 3 dead and slept; 4 and 5 came since, 5 holds and has removed those below."""
     leave(tmp_path, number=5)
@@ -340,6 +349,7 @@ def test_who_took_a_number_that_was_free_again_steps_back(tmp_path):
 
 
 @pytest.mark.parametrize("error", [None, "OSError: no longer this job's"])
+@pytest.mark.fault(22)
 def test_a_save_that_ends_after_the_folder_was_lost_is_not_in_its_ledger(tmp_path, error):
     """The process was stopped while its thread wrote."""
     ledger = Ledger(tmp_path)
@@ -353,6 +363,7 @@ def test_a_save_that_ends_after_the_folder_was_lost_is_not_in_its_ledger(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.fault(22)
 def test_a_run_that_was_stopped_and_comes_back_saves_no_more(tmp_path, corpus):
     """Two ranks in a PID namespace of their own, so on another machine as the lease has it, stopped until it is taken."""
     namespace = ["unshare", "--pid", "--fork", "--mount-proc"]

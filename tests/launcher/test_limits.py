@@ -42,6 +42,7 @@ def test_the_limit_of_files_is_raised_to_what_is_needed(limited, soft, hard, aft
     assert state["files"] == (after, hard)
 
 
+@pytest.mark.fault(55)
 def test_a_hard_limit_below_that_is_named(limited):
     state = limited(256, 1411)
     message = (
@@ -86,6 +87,7 @@ def command(tmp_path, corpus, before, *overrides):
     )  # fmt: skip
 
 
+@pytest.mark.fault(55)
 def test_a_run_under_a_hard_limit_of_files(tmp_path, corpus):
     done = command(tmp_path, corpus, "ulimit -n 90")
     assert done.returncode == 2, done.stderr[-3000:]
@@ -94,11 +96,13 @@ def test_a_run_under_a_hard_limit_of_files(tmp_path, corpus):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.fault(55)
 def test_a_run_under_a_soft_limit_of_files(tmp_path, corpus):
     done = command(tmp_path, corpus, "ulimit -Sn 64")
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.fault(55)
 def test_a_run_under_a_limit_of_processes(tmp_path, corpus):
     try:
         PIDS.mkdir()

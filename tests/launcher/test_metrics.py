@@ -27,6 +27,7 @@ def fill(path):
     return lambda: aside.rename(path)
 
 
+@pytest.mark.fault(18)
 def test_lines_are_kept_while_the_disk_is_full(tmp_path, caplog):
     log = MetricsLog(tmp_path, 0)
     for step in range(1, 7):
@@ -44,6 +45,7 @@ def test_lines_are_kept_while_the_disk_is_full(tmp_path, caplog):
     assert curve(tmp_path) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.fault(18)
 def test_lines_that_are_left_at_the_end_are_written_then(tmp_path):
     log = MetricsLog(tmp_path, 0)
     log.write(1, {"loss/train": 1.0})
@@ -54,6 +56,7 @@ def test_lines_that_are_left_at_the_end_are_written_then(tmp_path):
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
 
 
+@pytest.mark.fault(56)
 def test_a_removed_folder_is_made_again(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(module, "RETRY_S", 0.0)
     log = MetricsLog(tmp_path, 0)
@@ -89,6 +92,7 @@ class Raising:
         raise OSError("not now")
 
 
+@pytest.mark.fault(56)
 def test_a_tracker_that_raises_is_told_once_and_tried_again_later(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(module, "SummaryWriter", Raising)
     monkeypatch.setattr(Raising, "made", 0)
@@ -108,6 +112,7 @@ def test_a_tracker_that_raises_is_told_once_and_tried_again_later(tmp_path, capl
     assert len(caplog.records) == 1
 
 
+@pytest.mark.fault(56)
 def test_a_tracker_that_fails_when_it_is_closed(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(module, "SummaryWriter", Raising)
     MetricsLog(tmp_path, 0).close()
@@ -115,6 +120,7 @@ def test_a_tracker_that_fails_when_it_is_closed(tmp_path, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "logs", "metrics.jsonl"])
+@pytest.mark.fault(56)
 def test_what_cannot_start_is_refused_before_anything_is_started(tmp_path, corpus, capsys, monkeypatch, name):
     monkeypatch.setattr(pretrain, "run", lambda *_: pytest.fail("the run was started"))
     recipe = write_recipe(tmp_path, corpus)
@@ -129,6 +135,7 @@ def test_what_cannot_start_is_refused_before_anything_is_started(tmp_path, corpu
     assert f"{wrong} cannot be written: {reason}; choose another place with run.folder" in capsys.readouterr().err
 
 
+@pytest.mark.fault(18, 56)
 def test_a_run_whose_folder_fails_under_way(tmp_path, corpus):
     recipe, run_dir = write_recipe(tmp_path, corpus), tmp_path / "runs/test"
     process = start(

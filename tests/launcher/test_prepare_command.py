@@ -139,6 +139,7 @@ CANARY = "hunter2canary"
         "--data.corpus=https://me:{canary}@host/corpus",
     ],
 )
+@pytest.mark.fault(53)
 def test_credentials_are_neither_shown_nor_written(recipe, tmp_path, monkeypatch, capfd, override):
     monkeypatch.chdir(tmp_path)
     corpus = [] if "corpus=" in override else ["data.corpus=corpus"]
@@ -152,6 +153,7 @@ def test_credentials_are_neither_shown_nor_written(recipe, tmp_path, monkeypatch
     assert [path for path in tmp_path.rglob("*") if path.is_file() and CANARY in path.read_text()] == []
 
 
+@pytest.mark.fault(53)
 def test_credentials_in_the_command_itself(recipe, tmp_path):
     done = run(recipe, f"data.corpus=https://me:{CANARY}@host/c", f"data.tokenizer.path=https://host/t?token={CANARY}")
     assert (done.returncode, done.stdout) == (2, "")

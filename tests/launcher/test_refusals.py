@@ -38,6 +38,7 @@ def refused(capsys, recipe, *overrides):
         ("train.global_batch_size=500000", "one step takes 500000; use a larger corpus"),
     ],
 )  # fmt: skip
+@pytest.mark.fault(43)
 def test_refused_before_anything_is_started(capsys, recipe, override, message):
     assert message in refused(capsys, recipe, override)
     assert not (recipe.parent / "runs").exists()
@@ -66,6 +67,7 @@ def test_fp16_is_refused_where_the_device_lacks_it(capsys, recipe):
     assert "parallel.precision=fp16: the device" in refused(capsys, recipe, "parallel.precision=fp16")
 
 
+@pytest.mark.fault(39, 43)
 def test_more_ranks_than_the_batch_has_sequences(capsys, recipe, monkeypatch):
     for name, value in {
         "RANK": "0",
@@ -80,6 +82,7 @@ def test_more_ranks_than_the_batch_has_sequences(capsys, recipe, monkeypatch):
     assert "the nearest numbers of ranks that do are 4" in message
 
 
+@pytest.mark.fault(43)
 def test_a_corpus_without_manifest_or_with_a_cut_shard(capsys, recipe, corpus, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(corpus, copy)
@@ -90,6 +93,7 @@ def test_a_corpus_without_manifest_or_with_a_cut_shard(capsys, recipe, corpus, t
     assert "manifest.json" in refused(capsys, recipe, f"data.corpus={copy}")
 
 
+@pytest.mark.fault(40)
 def test_a_run_folder_of_another_config(capsys, recipe):
     run_dir = recipe.parent / "runs/test"
     run_dir.mkdir(parents=True)
@@ -110,6 +114,7 @@ def test_a_run_folder_of_another_config(capsys, recipe):
     assert "config.yaml cannot be read" in refused(capsys, recipe)
 
 
+@pytest.mark.fault(40)
 def test_another_mixture_is_refused_unless_it_is_allowed(capsys, tmp_path, mixture, recipe):
     recipe = write_recipe(tmp_path, mixture, "mixed")
 
@@ -135,17 +140,20 @@ def test_another_mixture_is_refused_unless_it_is_allowed(capsys, tmp_path, mixtu
     pretrain.check(pretrain.parse_arguments(["--config", str(recipe), sources(email=0.5, asyncio=0.4), *allowed]))
 
 
+@pytest.mark.fault(19)
 def test_a_folder_that_cannot_be_written(capsys, recipe, tmp_path):
     (tmp_path / "runs").write_text("a file where the folder should be")
     assert "cannot be written: " in refused(capsys, recipe)
 
 
+@pytest.mark.fault(19)
 def test_a_read_only_file_system(tmp_path, corpus):
     """A real one: the kernel mounts an empty tmpfs read-only for this command alone."""
     text = in_mount(tmp_path, corpus, "size=1m,ro")
     assert "cannot be written: Read-only file system; choose another place with run.folder" in text
 
 
+@pytest.mark.fault(17)
 def test_a_disk_that_is_too_small(tmp_path, corpus):
     text = in_mount(tmp_path, corpus, "size=400k")
     assert "one checkpoint of this model takes 0.00 GB" in text
@@ -168,6 +176,7 @@ def in_mount(tmp_path, corpus, options):
     return done.stderr
 
 
+@pytest.mark.fault(22)
 def test_a_run_that_another_job_holds(tmp_path, corpus):
     recipe = write_recipe(tmp_path, corpus)
     holder = start(torchrun(1, "--config", recipe, "train.steps=100000", "run.seed=1"), tmp_path / "holder.log")

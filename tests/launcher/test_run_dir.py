@@ -76,6 +76,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.fault(18)
 def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(small_disk, caplog):
     """Not a line of the ledger and not a record is lost, and none ends the run; a checkpoint would wait for the records."""
     ledger, reads = Ledger(small_disk), ReadLog(small_disk, 1, 0)

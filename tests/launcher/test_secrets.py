@@ -43,6 +43,7 @@ def assert_nowhere(folder, output):
     return [name for name, content in texts.items() if VISIBLE.encode() in content]
 
 
+@pytest.mark.fault(53)
 def test_a_run_to_its_end(corpus, tmp_path):
     recipe = write_recipe(tmp_path, corpus)
     text = run([sys.executable, PRETRAIN, "--config", str(recipe), *ARGUMENTS], tmp_path / "log", **ENVIRONMENT)
@@ -62,6 +63,7 @@ def test_a_run_under_deepspeed(corpus, tmp_path):
     ("where", "code"),
     [("train_step", 1), ("build_mesh", 1), ("check", 1), ("open_data", 2)],
 )
+@pytest.mark.fault(53)
 def test_an_error_that_quotes_them(corpus, tmp_path, where, code):
     """Raised in a step, before the logs begin, before anything begins, and as a refusal."""
     recipe = write_recipe(tmp_path, corpus)

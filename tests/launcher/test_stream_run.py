@@ -109,6 +109,7 @@ def test_refused_before_anything_is_started(capsys, corpus, tmp_path, override, 
 
 
 @pytest.mark.usefixtures("at_the_door")
+@pytest.mark.fault(50)
 def test_lanes_that_the_ranks_cannot_share(capsys, corpus, tmp_path, monkeypatch):
     place = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
     for name, value in place.items():
@@ -163,6 +164,7 @@ def test_the_end_of_the_text_can_be_made_the_end_of_the_run(ended, tmp_path):
 
 
 @pytest.mark.usefixtures("at_the_door")
+@pytest.mark.fault(40)
 def test_a_run_goes_on_with_the_stream_that_it_began_with(ended, capsys, corpus):
     recipe, _ = ended
     pretrain.check(pretrain.parse_arguments(["--config", str(recipe)]))
@@ -181,6 +183,7 @@ def test_a_run_goes_on_with_the_stream_that_it_began_with(ended, capsys, corpus)
 
 
 @pytest.mark.usefixtures("at_the_door")
+@pytest.mark.fault(40)
 def test_a_run_on_a_prepared_corpus_does_not_go_on_with_a_stream(capsys, corpus, tmp_path, monkeypatch):
     recipe = write_stream_recipe(tmp_path, corpus)
     cfg = load_config(str(recipe), ["data.stream=null"])
@@ -287,6 +290,7 @@ def read_by_one_rank(recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(3)
 def test_a_killed_worker_ends_the_run_and_the_next_start_goes_on(corpus, tmp_path):
     """And that one is stopped by a signal to one rank: neither leaves a process behind."""
     recipe = write_stream_recipe(tmp_path, corpus, **STREAM)
@@ -313,6 +317,10 @@ def test_a_killed_worker_ends_the_run_and_the_next_start_goes_on(corpus, tmp_pat
     assert [event["step"] for event in events if event["event"] == "start"] == [0, failed["saved_step"]]
     assert (stopped["event"], stopped["step"]) == ("stopped", saved["step"])
     assert sorted(losses(run_dir)) == list(range(1, stopped["step"] + 1))
+    for rank in range(2):  # what was read behind the last checkpoint is read again alike
+        first, again = (read_records(run_dir, number, rank)[["first", "next", "digest"]].tolist() for number in (1, 2))
+        behind = first[failed["saved_step"] :]
+        assert behind == again[: len(behind)]
     wait_until_gone(workers)
 
 

@@ -14,6 +14,7 @@ from launcher.watchdog import Watchdog, _oom_kills
 from runs import (
     assert_same_state,
     deepspeed,
+    injected,
     losses,
     rank_pids,
     run,
@@ -23,7 +24,6 @@ from runs import (
     write_recipe,
 )
 
-INJECT = "tests/faults/inject.py"
 SOON_S = 60  # where DeepSpeed alone takes half an hour, or 30 s a rank
 
 
@@ -32,11 +32,6 @@ def undisturbed(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("straight")
     run(torchrun(2, "--config", write_recipe(folder, corpus)), folder / "log")
     return folder / "runs/test"
-
-
-def injected(fault, rank, step, recipe, *arguments, launch=torchrun):
-    command = launch(2, *map(str, (fault, rank, step, "--", "--config", recipe, *arguments)))
-    return [INJECT if word == "launcher/pretrain.py" else word for word in command]
 
 
 def pids_of(recipe):
@@ -71,7 +66,7 @@ def stacks(run_dir, rank):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", [torchrun, deepspeed], ids=["torchrun", "deepspeed"])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.fault(9))])
 def test_a_stopped_rank_is_named_and_the_job_ends(launch, victim, corpus, tmp_path):
     """Under deepspeed rank 0 keeps the store over which the ranks tell each other where they are."""
     recipe, run_dir, log = write_recipe(tmp_path, corpus), tmp_path / "runs/test", tmp_path / "log"
@@ -93,6 +88,7 @@ def test_a_stopped_rank_is_named_and_the_job_ends(launch, victim, corpus, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.fault(9)
 def test_a_rank_that_is_stopped_for_less_than_the_limit_changes_nothing(undisturbed, corpus, tmp_path):
     recipe, run_dir = write_recipe(tmp_path, corpus), tmp_path / "runs/test"
     process = start(torchrun(2, "--config", recipe, "parallel.timeout_s=20"), tmp_path / "log")
@@ -108,11 +104,24 @@ def test_a_rank_that_is_stopped_for_less_than_the_limit_changes_nothing(undistur
 
 
 @pytest.mark.slow
+@pytest.mark.fault(1)
+@pytest.mark.parametrize(("launch", "rank"), [(torchrun, 1), (deepspeed, 0)], ids=["torchrun", "deepspeed"])
+def test_a_rank_that_is_killed_before_the_ranks_have_met_ends_the_start(launch, rank, corpus, tmp_path):
+    recipe, log = write_recipe(tmp_path, corpus), tmp_path / "log"
+    process = start(injected("die-at-start", rank, 0, recipe, "parallel.timeout_s=20", launch=launch), log)
+    ends(process, recipe, log)
+    assert process.returncode != 0
+    assert not Ledger(tmp_path / "runs/test").events()
+    run(launch(2, "--config", recipe, "train.steps=4"), tmp_path / "again")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "launch"),
     [("forward", deepspeed), *((where, torchrun) for where in ("forward", "backward", "reduce", "update"))],
     ids=lambda value: getattr(value, "__name__", value),
 )
+@pytest.mark.fault(2)
 def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_checkpoint(where, launch, undisturbed, corpus, tmp_path):
     """SIGKILL within step 13, of which 10 are saved; then the same command without the fault."""
     recipe, run_dir, log = write_recipe(tmp_path, corpus), tmp_path / "runs/test", tmp_path / "log"
@@ -140,6 +149,7 @@ def test_an_error_on_one_rank_is_the_cause_that_all_tell(corpus, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(10)
 def test_a_straggler_is_named_and_nothing_ends(undisturbed, corpus, tmp_path):
     recipe = write_recipe(tmp_path, corpus)
     text = run(injected("late", 1, 9, recipe, "parallel.timeout_s=16"), tmp_path / "log")
@@ -149,6 +159,7 @@ def test_a_straggler_is_named_and_nothing_ends(undisturbed, corpus, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(11)
 def test_ranks_in_different_collectives_end_with_both_call_sites_in_the_logs(corpus, tmp_path):
     recipe, run_dir, log = write_recipe(tmp_path, corpus), tmp_path / "runs/test", tmp_path / "log"
     process = start(injected("desync", 1, 7, recipe, "parallel.timeout_s=8"), log)
@@ -163,6 +174,7 @@ def test_ranks_in_different_collectives_end_with_both_call_sites_in_the_logs(cor
 @pytest.mark.parametrize(
     ("whom", "number"), [("runner", "KILL"), ("runner", "TERM"), ("launch.py", "KILL"), ("launch.py", "TERM")]
 )
+@pytest.mark.fault(8)
 def test_ranks_save_and_leave_when_their_launcher_ends(whom, number, corpus, tmp_path):
     """DeepSpeed alone leaves them running without anybody who knows of them."""
     recipe, run_dir, log = write_recipe(tmp_path, corpus), tmp_path / "runs/test", tmp_path / "log"
@@ -179,6 +191,7 @@ def test_ranks_save_and_leave_when_their_launcher_ends(whom, number, corpus, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.fault(20)
 def test_slow_storage_is_no_hang_and_holds_up_no_step(undisturbed, corpus, tmp_path):
     recipe = write_recipe(tmp_path, corpus)
     text = run(injected("slow-sync", 0, 2, recipe, "parallel.timeout_s=30"), tmp_path / "log")

@@ -112,7 +112,9 @@ def test_the_table_of_topologies(matrix, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("written_in", "read_in"), [("bf16", "fp32"), ("fp32", "bf16")])
+@pytest.mark.parametrize(
+    ("written_in", "read_in"), [("bf16", "fp32"), pytest.param("fp32", "bf16", marks=pytest.mark.fault(39))]
+)
 def test_a_checkpoint_is_read_in_another_precision(written_in, read_in, tmp_path):
     """The format holds fp32 whatever the run computes in. fp16 is not to be had on CPUs, where DeepSpeed refuses it."""
     written = run_ranks(2, write_each_stage, tmp_path, written_in)[0]
@@ -182,6 +184,7 @@ def test_every_element_is_in_exactly_one_file(checkpoints):
 
 
 @pytest.mark.parametrize("where", [0, 7, 100, 0.5, -1])
+@pytest.mark.fault(12)
 def test_a_truncated_shard_is_found(checkpoints, where):
     file = checkpoints / "step-00000002/rank-00001.safetensors"
     size = file.stat().st_size
@@ -191,6 +194,7 @@ def test_a_truncated_shard_is_found(checkpoints, where):
 
 
 @pytest.mark.parametrize("where", [3, 0.3, 0.6, 0.99])
+@pytest.mark.fault(13)
 def test_a_flipped_bit_is_found(checkpoints, where, caplog):
     file = checkpoints / "step-00000002/rank-00000.safetensors"
     data = bytearray(file.read_bytes())
@@ -218,18 +222,21 @@ def test_a_flipped_bit_is_found(checkpoints, where, caplog):
         (lambda p: edit(p, new=3, rehash=True), "TypeError"),
     ],
 )
+@pytest.mark.fault(13, 14)
 def test_other_damage_is_found_and_the_one_before_is_used(checkpoints, damage, message, caplog):
     damage(checkpoints / "step-00000002")
     assert message in faults(checkpoints / "step-00000002")[0]
     assert newest_good(checkpoints, Alone()).manifest.step == 1
 
 
+@pytest.mark.fault(51)
 def test_a_manifest_that_points_outside_is_refused(checkpoints):
     path = checkpoints / "step-00000002"
     edit(path, files={"../step-00000001/rank-00000.safetensors": {"bytes": 1, "xxh3": "0"}}, rehash=True)
     assert "which is not a file beside it" in faults(path)[0]
 
 
+@pytest.mark.fault(16)
 def test_no_good_checkpoint_stops_and_goes_on_stopping(checkpoints):
     for step in (1, 2):
         (checkpoints / f"step-0000000{step}/rank-00000.safetensors").unlink()
@@ -240,6 +247,7 @@ def test_no_good_checkpoint_stops_and_goes_on_stopping(checkpoints):
             newest_good(checkpoints, Alone())
 
 
+@pytest.mark.fault(6, 16)
 def test_checkpoints_without_manifests_are_no_fresh_run_either(checkpoints):
     for step in (1, 2):
         (checkpoints / f"step-0000000{step}/manifest.json").unlink()
@@ -252,6 +260,7 @@ def test_no_checkpoint_at_all_is_a_fresh_run(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "garbage\n", "step-00000009\n", "../../etc\n", "step-00000001\n"])
+@pytest.mark.fault(15)
 def test_latest_is_only_a_hint(checkpoints, content, caplog):
     (checkpoints / "latest").write_text(content)
     with caplog.at_level(logging.WARNING):
@@ -270,6 +279,7 @@ def make_fifo(latest, _):
 @pytest.mark.parametrize(
     "make", [make_link, make_fifo, lambda latest, _: latest.mkdir()], ids=["link", "fifo", "folder"]
 )
+@pytest.mark.fault(15)
 def test_latest_that_is_no_file_is_not_followed(checkpoints, tmp_path, make, caplog):
     (tmp_path / "secret").write_text("step-00000001\n")
     (checkpoints / "latest").unlink()
@@ -280,6 +290,7 @@ def test_latest_that_is_no_file_is_not_followed(checkpoints, tmp_path, make, cap
     assert "step-00000001" not in caplog.text  # what the link leads to
 
 
+@pytest.mark.fault(14)
 def test_a_stale_shard_besides_is_named_and_not_read(checkpoints, caplog):
     """Left by a save of more ranks, say: it has other values for elements that the manifest's files hold."""
     path = checkpoints / "step-00000002"
@@ -308,6 +319,7 @@ class Second(Alone):
         return [(("first", []) if isinstance(value, tuple) else []), value]
 
 
+@pytest.mark.fault(21)
 def test_what_another_machine_sees_already_is_waited_for(checkpoints, monkeypatch, caplog):
     """A checkpoint that a rank sees late, in part or never is not damaged, and no other is used in its place."""
     shard, away = checkpoints / "step-00000002/rank-00001.safetensors", checkpoints / "away"
@@ -325,6 +337,7 @@ def test_what_another_machine_sees_already_is_waited_for(checkpoints, monkeypatc
     assert committed_steps(checkpoints) == [1, 2]
 
 
+@pytest.mark.fault(6)
 def test_a_half_deleted_or_staged_folder_is_no_checkpoint(checkpoints):
     (checkpoints / "step-00000002/manifest.json").unlink()
     (checkpoints / "step-00000003.0a1b2c3d.staging").mkdir()

@@ -65,6 +65,7 @@ def test_which_are_retired(cfg, retired):
     assert to_retire([10, 20, 30, 40, 50, 60], CheckpointConfig(**cfg), train_s) == retired
 
 
+@pytest.mark.fault(6)
 def test_what_is_being_removed_is_no_checkpoint(tmp_path, monkeypatch):
     """The manifest goes first, so that whatever stops the rest leaves nothing that looks whole."""
     runs = Runs(tmp_path, keep=1)
@@ -124,6 +125,7 @@ def test_a_write_that_fails_leaves_nothing_and_the_next_succeeds(tmp_path, monke
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fault(36)
 def test_state_that_is_not_finite_is_never_committed(tmp_path, kind, value):
     runs = Runs(tmp_path)
     runs.save(1)
@@ -163,6 +165,7 @@ def test_a_job_that_may_not_write_any_more_commits_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["before the leftovers are removed", "before it has prepared", "before it commits"])
+@pytest.mark.fault(22)
 def test_a_job_that_lost_the_folder_in_the_middle_of_a_save_leaves_its_successors_alone(tmp_path, monkeypatch, when):
     """It was stopped there; the other has the same step under way and has removed what it found."""
     mine, lost = Runs(tmp_path), []
@@ -195,6 +198,7 @@ def test_a_job_that_lost_the_folder_in_the_middle_of_a_save_leaves_its_successor
     assert [p.name for p in tmp_path.glob("*.staging")] == [theirs.name]
 
 
+@pytest.mark.fault(15)
 def test_a_latest_that_cannot_be_written_fails_no_save(tmp_path, caplog):
     """The checkpoint is committed by then; a link is replaced and what it leads to stays as it is."""
     runs, outside = Runs(tmp_path / "checkpoints"), tmp_path / "outside"
@@ -245,6 +249,7 @@ def fill_up(mesh, folder, spare):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spare", [0, -(2**40)], ids=["looked at before", "found out by writing"])
+@pytest.mark.fault(17)
 def test_a_full_disk_is_told_alike_on_all_ranks_and_tried_again(small_disk, spare):
     told = run_ranks(2, fill_up, small_disk, spare)
     assert told[0] == told[1]

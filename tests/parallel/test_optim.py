@@ -46,6 +46,7 @@ def test_only_matrices_decay():
     assert {tuple(p.shape) for p in keep["params"]} == {(4,), (3,)}
 
 
+@pytest.mark.fault(35)
 def test_the_checked_optimizer_equals_clipping_and_adamw_and_skips_nan():
     torch.manual_seed(0)
     cfg = OptimConfig(lr=0.1, grad_clip=0.5)

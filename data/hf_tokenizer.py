@@ -90,6 +90,10 @@ class HuggingFaceTokenizer(TokenizerBase):
         return np.array(encoding.ids, dtype=np.int32)
 
     def save(self, folder: str | Path) -> None:
+        write_folder(Path(folder), self.files())
+
+    def files(self) -> dict[str, bytes]:
+        """What save writes, by name."""
         config = read_config(self.folder / CONFIG_FILE) if (self.folder / CONFIG_FILE).is_file() else {}
         ours = {
             "kind": _KIND,
@@ -99,7 +103,7 @@ class HuggingFaceTokenizer(TokenizerBase):
         }
         files = {name: (self.folder / name).read_bytes() for name in _ALSO if (self.folder / name).is_file()}
         files[JSON_FILE] = (self.folder / JSON_FILE).read_bytes()
-        write_folder(Path(folder), files | {CONFIG_FILE: as_json(config | ours)})
+        return files | {CONFIG_FILE: as_json(config | ours)}
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._backend.decode(ids, skip_special_tokens=True)

@@ -143,6 +143,7 @@ class SentencePieceTokenizer(TokenizerBase):
         self.bos_id = processor.bos_id()
         self.eos_id = processor.eos_id()
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else None
+        self.unk_id = processor.unk_id()  # never in a text, as what has no piece is written as bytes
         self._unknown_ids = np.array(
             [processor.unk_id(), *(i for i in range(self.vocab_size) if processor.is_byte(i))], dtype=np.int32
         )
@@ -194,6 +195,19 @@ class SentencePieceTokenizer(TokenizerBase):
     def save(self, folder: str | Path) -> None:
         write_folder(Path(folder), {name: (self.folder / name).read_bytes() for name in (MODEL_FILE, CONFIG_FILE)})
 
+    def pieces(self) -> list[str]:
+        """The piece of each id, U+2581 for a space."""
+        return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
+
+    def as_bpe_json(self, space: str = _SPACE_MARK) -> str:
+        """A tokenizer.json of the tokenizers library with the same pieces and merges, for a bpe or a char model.
+
+        space: how its pieces write a space. With U+2581 one in a text would be taken for a space, so it must be kept
+        from it; with a space it is a character like any other.
+        """
+        assert self.model_type in ("bpe", "char"), self.model_type
+        return _bpe_as_json(self._processor, space)
+
     def _decode(self, ids: list[int]) -> str:
         text: str = self._processor.decode(ids)
         return text
@@ -224,7 +238,7 @@ class SentencePieceTokenizer(TokenizerBase):
     def _build_bulk(self) -> Encoder:
         if self.model_type != "bpe":
             raise Unsupported(f"it has no SentencePiece {self.model_type} models")
-        return partial(self._by_parts, encode=Gigatoken(_bpe_as_json(self._processor)))
+        return partial(self._by_parts, encode=Gigatoken(self.as_bpe_json()))
 
     def _by_parts(self, texts: Sequence[str], encode: Encoder) -> list[Ids]:
         """encode for the parts of the texts, put together again."""
@@ -253,7 +267,7 @@ class SentencePieceTokenizer(TokenizerBase):
         return parts
 
 
-def _bpe_as_json(processor: Any) -> str:
+def _bpe_as_json(processor: Any, space: str) -> str:
     """A SentencePiece BPE model in the form of a Hugging Face tokenizer.json.
 
     SentencePiece merges the neighbours whose joined piece has the highest score, the leftmost of equal ones; in the
@@ -273,10 +287,10 @@ def _bpe_as_json(processor: Any) -> str:
         "unk_token": pieces[processor.unk_id()],
         "fuse_unk": True,
         "byte_fallback": True,
-        "vocab": {piece: i for i, piece in enumerate(pieces)},
-        "merges": merges,
+        "vocab": {piece.replace(_SPACE_MARK, space): i for i, piece in enumerate(pieces)},
+        "merges": [[part.replace(_SPACE_MARK, space) for part in pair] for pair in merges],
     }
-    normalizer = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE_MARK}
+    normalizer = {"type": "Replace", "pattern": {"String": " "}, "content": space} if space != " " else None
     return json.dumps({"version": "1.0", "added_tokens": [], "normalizer": normalizer, "model": model})
 
 

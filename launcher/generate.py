@@ -11,10 +11,11 @@ import torch
 
 from data.errors import DataError
 from data.tokenizer import Tokenizer
-from launcher.config import ConfigError, validate
+from launcher.config import ConfigError
 from launcher.sampling import sample
+from launcher.trained import open_checkpoint
 from model.transformer import Transformer
-from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps, faults
+from parallel.checkpoint import CheckpointError
 
 
 def load_model(run_dir: Path, step: int | None) -> tuple[Transformer, Tokenizer]:
@@ -22,23 +23,8 @@ def load_model(run_dir: Path, step: int | None) -> tuple[Transformer, Tokenizer]
 
     Raises CheckpointError where there is none or it is damaged.
     """
-    folder = run_dir / "checkpoints"
-    steps = committed_steps(folder)
-    if not steps or (step is not None and step not in steps):
-        have = ", ".join(map(str, steps)) or "none"
-        raise CheckpointError(
-            f"{folder} has no checkpoint{f' of step {step}' if step is not None else ''}; it has: {have}"
-        )
-    path = folder / f"step-{steps[-1] if step is None else step:08d}"
-    if wrong := faults(path):
-        raise CheckpointError(f"{path} is damaged: {wrong[0]}; choose another with --step")
-    reader = CheckpointReader(path)
-    cfg = validate(reader.manifest.config, str(path / "manifest.json"))
-    model = Transformer(cfg.model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(reader.tensor(name))
-    return model.eval(), Tokenizer.load(run_dir / "tokenizer")
+    checkpoint = open_checkpoint(run_dir, step)
+    return checkpoint.model(), checkpoint.tokenizer()
 
 
 def main(argv: list[str]) -> int:

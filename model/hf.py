@@ -203,11 +203,12 @@ def _family(cfg: ModelConfig) -> str:
     return family
 
 
-def to_hf_config(cfg: ModelConfig) -> PreTrainedConfig:
+def to_hf_config(cfg: ModelConfig, **token_ids: int) -> PreTrainedConfig:
     """The config of the transformers architecture that computes exactly what `cfg` describes.
 
-    Token ids (bos, eos, pad) stay at transformers' defaults: who knows the tokenizer sets them. How fresh weights are
-    drawn is not part of the function: of that, init_std alone is handed on. Raises ValueError when there is no equal.
+    token_ids: bos_token_id and so on, of who knows the tokenizer; those not given stay at transformers' defaults.
+    How fresh weights are drawn is not part of the function: of that, init_std alone is handed on. Raises ValueError when
+    there is no equal.
     """
     family = _family(cfg)
     if family == "GPT-2":
@@ -226,6 +227,7 @@ def to_hf_config(cfg: ModelConfig) -> PreTrainedConfig:
             embd_pdrop=cfg.dropout,
             attn_pdrop=cfg.dropout,
             resid_pdrop=cfg.dropout,
+            **token_ids,
         )
     rope: dict[str, object] = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     if cfg.rope_scaling is not None:
@@ -252,6 +254,7 @@ def to_hf_config(cfg: ModelConfig) -> PreTrainedConfig:
         "rope_parameters": rope,
         "attention_bias": cfg.attention_bias,
         "attention_dropout": 0.0,
+        **token_ids,
     }
     if family == "Qwen3":
         return Qwen3Config(architectures=["Qwen3ForCausalLM"], **shared)

@@ -57,6 +57,11 @@ EXCEPTIONS = {
         "data/hf_tokenizer.py",
         "from_pretrained",
     ): "of a class that is named here, and a folder that asks for code is refused",
+    (
+        "data/fast_tokenizer.py",
+        "from_pretrained",
+    ): "of a folder that this program has just written, never with its code",
+    ("model/hf_folder.py", "from_pretrained"): "of a folder that this program has just written, never with its code",
 }
 
 

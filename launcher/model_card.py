@@ -1,0 +1,161 @@
+"""README.md of an exported model: what it is, what it was trained on, how it was proved, how to load it."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.fast_tokenizer import SENTENCEPIECE
+from launcher.redaction import hide
+from launcher.trained import Checkpoint
+
+_LOAD = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+inputs = tokenizer("{prompt}", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens={tokens})[0], skip_special_tokens=True))
+"""
+_LOAD_SENTENCEPIECE = """\
+import sentencepiece, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = sentencepiece.SentencePieceProcessor(model_file="{folder}/{own}/tokenizer.model")
+inputs = torch.tensor([tokenizer.encode("{prompt}")])
+print(tokenizer.decode(model.generate(inputs, max_new_tokens={tokens})[0].tolist()))
+"""
+
+
+def snippet(folder: str, fast: bool, seq_len: int, prompt: str = "The ") -> str:
+    """Python that loads an exported folder and generates, with nothing of Longhaul."""
+    tokens = max(1, min(50, seq_len // 2))  # with the prompt within the context, which a GPT-2 cannot leave
+    template = _LOAD if fast else _LOAD_SENTENCEPIECE
+    return template.format(folder=folder, own=SENTENCEPIECE, prompt=prompt, tokens=tokens)
+
+
+def last_held_out(run_dir: Path, step: int) -> dict[str, float]:
+    """The newest evaluation at or before a step: {"step", "loss/valid", ...}; empty where there was none."""
+    found: dict[str, float] = {}
+    try:
+        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        try:
+            values = json.loads(line)
+            if "loss/valid" in values and values["step"] <= step:
+                found = values
+        except (ValueError, KeyError, TypeError):
+            continue  # cut by a crash
+    return {key: value for key, value in found.items() if key == "step" or key.startswith("loss/")}
+
+
+def model_card(checkpoint: Checkpoint, report: dict[str, Any], name: str) -> str:
+    """The card. It holds no path of this machine: whoever reads it is elsewhere."""
+    cfg, logits, tokenizer, held_out = checkpoint.cfg, report["logits"], report["tokenizer"], report["held_out"]
+    recipe = cfg.model_dump(mode="json", include={"model", "optim", "train"})
+    recipe["parallel"] = cfg.parallel.model_dump(mode="json", include={"zero_stage", "precision"})
+    recipe["seeds"] = {"run": cfg.run.seed, "data": cfg.data.seed}
+    of_tokenizer = (
+        f"`AutoTokenizer` gives the ids of training: compared on {tokenizer['documents']} documents ({report['text']}) and "
+        f"{tokenizer['adversarial']} adversarial strings, {tokenizer['tokens']:,} ids."
+        if tokenizer["auto_tokenizer"]
+        else f"`AutoTokenizer` cannot load this tokenizer; the SentencePiece model is in `{SENTENCEPIECE}/`."
+    )
+    text = f"""\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [longhaul]
+---
+
+# {name}
+
+A language model of {report["parameters"]:,} parameters ({report["architecture"]}, context {cfg.model.seq_len:,} tokens),
+pretrained with Longhaul: step {report["step"]:,} of the run `{report["run"]}`. It continues text; it was not taught to
+follow instructions.
+
+No licence is stated here: that is for whoever publishes it to decide, as it depends on the data.
+
+## Load it
+
+Run from the folder that `{name}` lies in:
+
+```python
+{snippet(name, tokenizer["auto_tokenizer"], cfg.model.seq_len)}```
+
+A document begins after the end of another one (id {report["ids"]["eos"]}), so that is also the id to begin an empty text
+with; nothing else is put before a text.
+
+## Data
+
+{_tokens(report)} of {len(cfg.data.sources) if cfg.data.stream is None else 1} sources:
+
+{_sources(checkpoint)}
+
+## Held-out loss
+
+{_held_out_table(held_out)}
+
+## Proof
+
+Weights are {report["dtype"]}. On {logits["tokens"]:,} tokens of {report["text"]}, `transformers` and the training code, both
+computing in fp32 with these weights, differ by at most {logits["largest_difference"]:.2e} in a logit (the largest is
+{logits["largest_logit"]:.3g}; loss {logits["loss_there"]:.6f} and {logits["loss_here"]:.6f}). {of_tokenizer}
+{_notes(report)}
+`export_report.json` has all figures, and every file's size and xxh3-128 hash.
+
+## Recipe
+
+```yaml
+{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```
+
+## Versions
+
+| | trained with | exported with |
+|---|---|---|
+{_versions(report["versions"])}
+"""
+    return hide(text)
+
+
+def _tokens(report: dict[str, Any]) -> str:
+    seen = report["tokens_seen"]
+    return "An unknown number of tokens" if seen is None else f"{seen:,} tokens"
+
+
+def _sources(checkpoint: Checkpoint) -> str:
+    data = checkpoint.cfg.data
+    if data.stream is not None:
+        return f"- raw text, streamed{_hub(data.stream.dataset)}"
+    lines = []
+    for source in data.sources:
+        weight = "" if source.weight is None else f", weight {source.weight:g}"
+        lines.append(f"- `{source.label}`: {source.kind}{_hub(getattr(source, 'path', None))}{weight}")
+    return "\n".join(lines)
+
+
+def _hub(path: str | None) -> str:
+    """A dataset's name on the hub; nothing for what is or may be a path of this machine."""
+    named = path is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(".")
+    return f" `{path}`" if named and not os.path.exists(str(path)) else ""
+
+
+def _held_out_table(values: dict[str, float]) -> str:
+    if not values:
+        return "None was measured."
+    rows = [f"| {key.removeprefix('loss/')} | {value:.4f} |" for key, value in values.items() if key != "step"]
+    return "\n".join([f"Measured at step {values['step']:,}:", "", "| | |", "|---|---|", *rows])
+
+
+def _notes(report: dict[str, Any]) -> str:
+    return "".join(f"\n- {note}" for note in report["notes"]) + ("\n" if report["notes"] else "")
+
+
+def _versions(versions: dict[str, dict[str, str]]) -> str:
+    before, after = versions["trained_with"], versions["exported_with"]
+    names = list(dict.fromkeys([*before, *after]))
+    return "\n".join(f"| {name} | {before.get(name, '')} | {after.get(name, '')} |" for name in names)

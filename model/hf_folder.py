@@ -1,0 +1,244 @@
+"""A model as a Hugging Face folder: config and safetensors, written and read without ever holding a second copy.
+
+Tensors are written a block of elements at a time, so that the memory needed does not grow with the model; one that
+transformers keeps transposed (GPT-2's Conv1D) is held whole while it is turned.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
+from transformers.utils import logging as transformers_logging
+
+from model.config import ModelConfig
+from model.hf import Rule, from_hf_config, from_hf_state, to_hf_config, weight_rules
+from model.transformer import Transformer
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BLOCK = 2**20  # elements of a tensor that are converted and written at a time: 4 MiB of fp32
+MOST_SUPPRESSED = 4096  # ids that a generation_config lists one by one
+
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_CONFIGS: dict[str, type[PreTrainedConfig]] = {"gpt2": GPT2Config, "llama": LlamaConfig, "qwen3": Qwen3Config}
+
+# Elements [start, stop) of a parameter of ours by its name, flattened, (stop - start,) fp32.
+ReadRange = Callable[[str, int, int], Tensor]
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the folder and where it comes from."""
+
+    rule: Rule
+    parts: tuple[torch.Size, ...]  # shapes of those in rule.ours
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> list[int]:
+        stacked = [sum(part[0] for part in self.parts), *self.parts[0][1:]]
+        return stacked[::-1] if self.rule.conv1d else stacked
+
+    @property
+    def n_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def blocks(self, read: ReadRange) -> Iterator[Tensor]:
+        """Its values in the order of the file, block by block, 1-D of its dtype. Raises ValueError where one overflows."""
+        if not self.rule.conv1d:
+            yield from self._stacked(read)
+            return
+        n_in, n_out = self.shape
+        stacked, at = torch.empty(n_out * n_in, dtype=self.dtype), 0  # rule.to_hf, with one copy and not four
+        for block in self._stacked(read):
+            stacked[at : at + len(block)] = block
+            at += len(block)
+        rows = max(1, BLOCK // n_out)
+        for first in range(0, n_in, rows):
+            yield stacked.view(n_out, n_in)[:, first : first + rows].T.contiguous().view(-1)
+
+    def _stacked(self, read: ReadRange) -> Iterator[Tensor]:
+        for name, shape in zip(self.rule.ours, self.parts, strict=True):
+            for start in range(0, shape.numel(), BLOCK):
+                values = read(name, start, min(start + BLOCK, shape.numel()))
+                rounded = values.to(self.dtype)
+                if not rounded.isfinite().all():
+                    raise ValueError(
+                        f"{name} holds {values.abs().max().item():.4g}, and {self.dtype} ends at "
+                        f"{torch.finfo(self.dtype).max:.4g}; export with a wider --dtype, such as bf16 or fp32"
+                    )
+                yield rounded
+
+
+def plan_files(cfg: ModelConfig, dtype: torch.dtype, shard_bytes: int) -> dict[str, list[Entry]]:
+    """The weight files and what each holds: at most shard_bytes, or one tensor that is larger. A tied head is in none.
+
+    Raises ValueError as to_hf_config does.
+    """
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Transformer(cfg).named_parameters()}
+    groups: list[list[Entry]] = []
+    room = 0
+    for rule in weight_rules(cfg):
+        entry = Entry(rule, tuple(shapes[name] for name in rule.ours), dtype)
+        if not groups or entry.n_bytes > room:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(entry)
+        room -= entry.n_bytes
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def write_weights(folder: Path, files: dict[str, list[Entry]], read: ReadRange) -> None:
+    """Write the planned files, and the index where there are several; each is on disk before the next is begun."""
+    for name, entries in files.items():
+        with open(folder / name, "wb") as file:
+            file.write(_header(entries))
+            for entry in entries:
+                for block in entry.blocks(read):
+                    file.write(block.view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+    if len(files) > 1:
+        everything = [entry for entries in files.values() for entry in entries]
+        index = {
+            "metadata": {
+                "total_parameters": sum(torch.Size(entry.shape).numel() for entry in everything),
+                "total_size": sum(entry.n_bytes for entry in everything),
+            },
+            "weight_map": {entry.rule.hf: name for name, entries in files.items() for entry in entries},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _header(entries: list[Entry]) -> bytes:
+    """The head of a safetensors file: its length, 8 bytes little-endian, and JSON, padded so that data is aligned."""
+    tree: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for entry in entries:
+        tree[entry.rule.hf] = {
+            "dtype": _SAFETENSORS_NAMES[entry.dtype],
+            "shape": entry.shape,
+            "data_offsets": [at, at + entry.n_bytes],
+        }
+        at += entry.n_bytes
+    text = json.dumps(tree, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_configs(
+    folder: Path, cfg: ModelConfig, dtype: torch.dtype, bos_id: int, eos_id: int, pad_id: int, n_known: int
+) -> str:
+    """config.json and generation_config.json. Returns the name of the architecture.
+
+    n_known: ids that the tokenizer knows; the rows of the model beyond them can never be generated.
+    """
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
+    config = to_hf_config(cfg, **ids)
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    beyond = list(range(n_known, cfg.vocab_size))
+    GenerationConfig(**ids, **({"suppress_tokens": beyond} if beyond else {})).save_pretrained(folder)
+    return str(config.architectures[0])
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def is_hf_folder(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Our config of the folder's model. Raises ValueError, naming the file, where it is broken or has no equal here."""
+    file = folder / CONFIG
+    try:
+        raw = json.loads(file.read_bytes())
+        model_type = raw.get("model_type")
+        if model_type not in _CONFIGS:
+            raise ValueError(f"model_type {model_type!r} has no equal here; expected {', '.join(_CONFIGS)}")
+        return from_hf_config(_CONFIGS[model_type].from_dict(raw))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def read_model(folder: Path, cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Our model with the folder's weights, in eval mode. cfg: read_config of it.
+
+    Raises ValueError where they are no safetensors, cut short, or do not fit the config.
+    """
+    state: dict[str, Tensor] = {}
+    for name in _weight_files(folder):
+        try:
+            state |= {key: tensor.to(dtype) for key, tensor in load_file(folder / name).items()}
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{folder / name} cannot be read: {error}; fetch or export the folder again") from None
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    try:
+        model.load_state_dict(from_hf_state(cfg, state), assign=True)  # the tensors themselves: no copy
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder}: {error}") from None
+    if cfg.tie_embeddings:
+        model.head.weight = model.embed.weight
+    return model.eval()
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    if not (folder / INDEX).is_file():
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        also = f"; {pickles[0]} may hold pickled code and is never loaded: convert it" if pickles else ""
+        raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}{also}")
+    try:
+        names = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / INDEX} is damaged ({error!r}); fetch or export the folder again") from None
+    if wrong := sorted(str(name) for name in names if not isinstance(name, str) or Path(name).name != name):
+        raise ValueError(f"{folder / INDEX} names {wrong[0]!r}, which is not a file beside it")
+    return sorted(names)
+
+
+# -- as transformers computes it ---------------------------------------------------------------------------------------
+
+
+def logits_of_transformers(folder: Path, windows: list[Tensor]) -> list[Tensor]:
+    """What AutoModelForCausalLM makes of windows (T,): logits (T, V) each, computed in fp32 from the folder's weights.
+
+    Raises ValueError where it does not find every tensor, or finds others.
+    """
+    transformers_logging.disable_progress_bar()
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if wrong := {kind: sorted(map(str, found)) for kind, found in info.items() if found}:
+        raise ValueError(f"transformers does not take the folder {folder} as it is: {wrong}")
+    with torch.inference_mode():
+        return [model.eval()(window.unsqueeze(0)).logits[0] for window in windows]

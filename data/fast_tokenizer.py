@@ -173,6 +173,11 @@ def load_exported(folder: Path) -> Tokenizer:
     return load_tokenizer(own if own.is_dir() and not (folder / JSON_FILE).is_file() else folder)
 
 
+def before_text(tokenizer: Tokenizer) -> list[int]:
+    """The ids that a Hugging Face tokenizer's own template puts before every text, such as a Llama's beginning."""
+    return tokenizer.before_text() if isinstance(tokenizer, HuggingFaceTokenizer) else []
+
+
 def windows_of(tokenizer: Tokenizer, texts: Sequence[str], length: int, count: int) -> list[np.ndarray]:
     """At most count windows (length,) of the texts as a run reads them, each text followed by the end of a document."""
     stream = np.concatenate([part for text in texts for part in (tokenizer.encode(text), [tokenizer.eos_id])])

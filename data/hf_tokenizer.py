@@ -89,6 +89,13 @@ class HuggingFaceTokenizer(TokenizerBase):
             raise
         return np.array(encoding.ids, dtype=np.int32)
 
+    def before_text(self) -> list[int]:
+        """The ids that the folder's own template puts before a text; encode, and so a run, leaves them out."""
+        text = self._backend.encode("a", add_special_tokens=False).ids
+        whole = self._backend.encode("a").ids
+        places = (n for n in range(len(whole)) if whole[n : n + len(text)] == text)
+        return list(whole[: next(places, 0)])
+
     def save(self, folder: str | Path) -> None:
         write_folder(Path(folder), self.files())
 

@@ -1,19 +1,22 @@
-"""Sample text from a run's newest checkpoint: `python launcher/generate.py runs/NAME --prompt 'def '`.
+"""Continue prompts with a run's checkpoint or a Hugging Face folder.
 
-The sharded checkpoint is read without its engine, whatever topology wrote it. Exit code 2 when it cannot be read.
+    python launcher/generate.py runs/NAME --prompt 'def '
+    python launcher/generate.py exports/NAME --prompt 'def ' --prompt 'class ' --top-p 0.95 --stop $'\\n\\n'
+
+The sharded checkpoint is read without its engine, whatever topology wrote it. One prompt's text is shown as it comes,
+that of several when each is finished. Exit code 2 when something cannot be read or asked for.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from data.errors import DataError
 from data.tokenizer import Tokenizer
 from launcher.config import ConfigError
-from launcher.sampling import sample
-from launcher.trained import open_checkpoint
+from launcher.continuation import Options, continue_prompts
+from launcher.trained import load_trained, open_checkpoint
+from model.hf_folder import DTYPES
 from model.transformer import Transformer
 from parallel.checkpoint import CheckpointError
 
@@ -27,36 +30,48 @@ def load_model(run_dir: Path, step: int | None) -> tuple[Transformer, Tokenizer]
     return checkpoint.model(), checkpoint.tokenizer()
 
 
-def main(argv: list[str]) -> int:
+def show(number: int, text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python launcher/generate.py",
-        description="Continue prompts with a pretrained run.",
-        epilog="example: python launcher/generate.py runs/embedded --prompt 'def main(' --tokens 100",
+        description="Continue prompts with a pretrained run, or with a Hugging Face folder of a GPT-2, Llama or Qwen3.",
+        epilog="example: python launcher/generate.py runs/embedded --prompt 'def main(' --tokens 100 --top-p 0.95",
     )
-    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("model", type=Path, help="a run's folder, or a Hugging Face folder such as export.py writes")
     parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
     parser.add_argument("--tokens", type=int, default=100, help="at most so many new tokens (default 100)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=50, help="draw among the k likeliest; 0 for all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="and among the likeliest that have so much of the "
+                        "probability together; 1 for all")  # fmt: skip
+    parser.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--step", type=int, help="checkpoint of a run to read (default: the newest)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in (default fp32)")
+    parser.add_argument("--no-cache", action="store_true", help="read the whole text again for every token; the same "
+                        "numbers but for rounding")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    args = parse_arguments(argv)
     try:
-        model, tokenizer = load_model(args.run, args.step)
-        for prompt in args.prompt:
-            with torch.inference_mode():
-                ids = sample(
-                    model,
-                    tokenizer.encode(prompt).tolist(),
-                    args.tokens,
-                    seq_len=model.cfg.seq_len,
-                    eos_id=tokenizer.eos_id,
-                    vocab_size=tokenizer.vocab_size,
-                    temperature=args.temperature,
-                    top_k=args.top_k,
-                    seed=args.seed,
-                )
-            print(tokenizer.decode(ids))
+        options = Options(
+            n_tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+            stop=tuple(args.stop), cache=not args.no_cache,
+        )  # fmt: skip
+        trained = load_trained(args.model, args.step, DTYPES[args.dtype])
+        prompts = [trained.prompt_ids(prompt) for prompt in args.prompt]
+        if len(prompts) == 1:
+            show(0, args.prompt[0])
+            continue_prompts(trained.model, trained.tokenizer, prompts, options, show)
+            print()
+        else:
+            for row in continue_prompts(trained.model, trained.tokenizer, prompts, options):
+                print(row.prompt_text + row.text)
     except (CheckpointError, ConfigError, DataError, ValueError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,6 @@
-"""A trained model for the commands that use one: from a run's sharded checkpoint, read without its engine."""
+"""A trained model for the commands that use one: of a run's sharded checkpoint, read without its engine, or of a folder
+of Hugging Face's.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.fast_tokenizer import before_text, load_exported
 from data.tokenizer import Tokenizer
 from launcher.config import RunConfig, validate
+from model.hf_folder import DTYPES, is_hf_folder, read_config, read_model
 from model.transformer import Transformer
 from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps, faults, folder_name
 
@@ -67,3 +71,44 @@ def open_checkpoint(run_dir: Path, step: int | None, fall_back: bool = False) ->
     raise CheckpointError(
         f"{folder} has no checkpoint that is whole: {'; '.join(passed_over)}; restore one from a copy"
     )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in memory, and what turns text into its tokens."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint | None  # None: it is of a Hugging Face folder
+    before: tuple[int, ...] = ()  # ids that the folder's tokenizer puts before every text
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """The ids of a text to continue."""
+        return [*self.before, *self.tokenizer.encode(text).tolist()]
+
+
+def load_trained(place: Path, step: int | None, dtype: torch.dtype | None = None) -> Trained:
+    """The model of a run's folder or of a Hugging Face folder, on the accelerator if there is one.
+
+    step: of a run's checkpoint, None for the newest.    dtype: to compute in, None for what the run trained in.
+    Raises CheckpointError, ConfigError, DataError or ValueError where it cannot be read.
+    """
+    if (place / "checkpoints").is_dir() or not is_hf_folder(place):
+        checkpoint = open_checkpoint(place, step)
+        dtype = dtype or DTYPES[checkpoint.cfg.parallel.precision]
+        return Trained(_placed(checkpoint.model(dtype=dtype)), checkpoint.tokenizer(), checkpoint)
+    if step is not None:
+        raise ValueError(f"--step {step} is of a run's checkpoints; {place} is a Hugging Face folder: leave it out")
+    cfg, tokenizer = read_config(place), load_exported(place)
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise ValueError(
+            f"{place}: the tokenizer has {tokenizer.vocab_size} ids, config.json has vocab_size={cfg.vocab_size}; they are "
+            "not of one model"
+        )
+    model = read_model(place, cfg, dtype or torch.float32)
+    return Trained(_placed(model), tokenizer, None, tuple(before_text(tokenizer)))
+
+
+def _placed(model: Transformer) -> Transformer:
+    device = torch.accelerator.current_accelerator()
+    return model if device is None or not torch.accelerator.is_available() else model.to(device)

@@ -106,10 +106,12 @@ class CausalAttention(nn.Module):
         self.dropout = cfg.dropout
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
-        """q: (B, T, N, H); k, v: (B, T, K, H) with N a multiple of K. Returns (B, T, N, H).
+        """q: (B, T, N, H); k, v: (B, S, K, H) with N a multiple of K. Returns (B, T, N, H).
 
-        mask: from document_mask, which keeps to the past itself; None: a row is one document.
+        S is T, or more where the queries are the last of S tokens, the others having come before (model/cache.py).
+        mask: from document_mask, which keeps to the past itself; None: a row is one document, and T is S or 1.
         """
+        assert mask is not None or q.shape[1] in (1, k.shape[1]), "several queries after others need a mask"
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, T, N, H) -> (B, N, T, H)
         grouped = q.shape[1] != k.shape[1]
         if isinstance(mask, BlockMask):
@@ -122,7 +124,7 @@ class CausalAttention(nn.Module):
                 v,
                 attn_mask=mask,
                 dropout_p=self.dropout if self.training else 0.0,
-                is_causal=mask is None,
+                is_causal=mask is None and q.shape[2] == k.shape[2],  # one query after others sees them all
                 # On CPU the flash kernel takes grouped heads, 3-7 % quicker than with keys and values repeated.
                 enable_gqa=grouped,
             )

@@ -6,7 +6,8 @@ whole model to bf16 touches parameters only.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+class LayerCache(Protocol):
+    """Keys and values of tokens read before, of one block: see model/cache.py."""
+
+    length: int
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Cache(Protocol):
+    """Of all blocks."""
+
+    @property
+    def layers(self) -> Sequence[LayerCache]: ...
+    @property
+    def length(self) -> int: ...
+
+
 class Attention(nn.Module):
     """Projections, QK-norm and rotary around CausalAttention."""
 
@@ -91,8 +109,15 @@ class Attention(nn.Module):
         self.k_norm = build_norm(cfg, self.head_dim) if cfg.qk_norm else None
         self.core = CausalAttention(cfg)
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Mask | None = None) -> Tensor:
-        """x: (B, T, D); mask: as CausalAttention takes it. Returns (B, T, D)."""
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        mask: Mask | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """x: (B, T, D); mask: as CausalAttention takes it; cache: of the tokens before x. Returns (B, T, D)."""
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (B, T, D) -> (B, T, N, H)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (B, T, D) -> (B, T, K, H)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, D) -> (B, T, K, H)
@@ -100,6 +125,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(k, v)  # (B, T, K, H) -> (B, S, K, H)
         return self.wo(self.core(q, k, v, mask).flatten(2))  # (B, T, N, H) -> (B, T, N * H) -> (B, T, D)
 
 
@@ -139,12 +166,19 @@ class Block(nn.Module):
         self.mlp_norm = build_norm(cfg, cfg.d_model)
         self.mlp = SwiGLU(cfg) if cfg.mlp == "swiglu" else GeluMLP(cfg)
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Mask | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        mask: Mask | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """x: (B, T, D); cos, sin: as rotate takes them, or None with learned positions; mask: as CausalAttention does.
 
-        Returns (B, T, D).
+        cache: of the tokens before x. Returns (B, T, D).
         """
-        x = x + F.dropout(self.attn(self.attn_norm(x), cos, sin, mask), self.dropout, self.training)
+        x = x + F.dropout(self.attn(self.attn_norm(x), cos, sin, mask, cache), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
 
@@ -186,18 +220,28 @@ class Transformer(nn.Module):
         the mean, so that micro-batches and ranks with different numbers of counted tokens can be added up.
         Raises ValueError when T exceeds cfg.seq_len, and for documents of another shape than tokens or no integers.
         """
-        T = tokens.shape[1]
-        if self.cfg.seq_len < T:
+        return self.head(self.hidden(tokens, documents), targets)
+
+    def hidden(self, tokens: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """What the head takes, (B, T, D); tokens and documents as forward takes them.
+
+        cache: of the tokens before these, which are then read as if they stood in one row with those; it takes them up.
+        """
+        assert documents is None or cache is None, "a cache is of rows that are one document each"
+        first, T = 0 if cache is None else cache.length, tokens.shape[1]
+        if self.cfg.seq_len < first + T:
             raise ValueError(
-                f"got sequences of {T} tokens, but model.seq_len={self.cfg.seq_len} is the longest; "
-                f"cut them, or build the model with seq_len {T} or more"
+                f"got sequences of {first + T} tokens, but model.seq_len={self.cfg.seq_len} is the longest; "
+                f"cut them, or build the model with seq_len {first + T} or more"
             )
-        positions = torch.arange(T, device=tokens.device)
+        positions = torch.arange(first, first + T, device=tokens.device)
         mask = None
         if documents is not None:
             _check_documents(documents, tokens)
             positions = positions_in_documents(documents)  # (T,) -> (B, T)
             mask = document_mask(documents, flex_serves(self.cfg, T, tokens.device, self.training))
+        elif first and T > 1:
+            mask = torch.ones(T, first + T, dtype=torch.bool, device=tokens.device).tril_(first)
         cos = sin = None
         x = self.embed(tokens)  # (B, T) -> (B, T, D)
         if self.pos_embed is not None:
@@ -205,9 +249,9 @@ class Transformer(nn.Module):
         else:
             cos, sin = rotary_tables(self.cfg, positions)
         x = F.dropout(x, self.cfg.dropout, self.training)
-        for block in self.blocks:
-            x = block(x, cos, sin, mask)
-        return self.head(self.norm(x), targets)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, mask) if cache is None else block(x, cos, sin, mask, cache.layers[layer])
+        return self.norm(x)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Transformer":

@@ -401,6 +401,12 @@ def _typed(cursor: dict[str, Any]) -> Cursor:
         ) from None
 
 
+def shares_at(cursor: dict[str, Any], sample: int) -> dict[str, float]:
+    """The share of each source in the mixture at a sample before the cursor, from the cursor alone."""
+    saved = _typed(cursor)
+    return Mixture(sorted(_names(saved.eras)), saved.eras, saved.seed).shares(sample)
+
+
 def _names(eras: Sequence[Era]) -> set[str]:
     """All sources that were ever in the mixture."""
     return {name for era in eras for stage in era.stages for name in stage.weights}

@@ -1,7 +1,6 @@
 """Inside a run: loss on held-out text, source by source, and samples of the model's own."""
 
 import logging
-import math
 import textwrap
 import time
 from collections.abc import Callable
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor
 
 from data.corpus import Corpus
-from data.loader import IGNORE, eval_batches
+from data.loader import eval_batches
 from data.tokenizer import Tokenizer
 from launcher.config import RunConfig
+from launcher.held_out import combine, sum_losses
 from launcher.metrics import MetricsLog, describe
 from launcher.sampling import sample
 from parallel.engine import Engine
@@ -39,15 +39,7 @@ def evaluate(
         return {}
     began = time.perf_counter()
     losses = {name: _loss(cfg, engine, corpus, enter) for name, corpus in valid.items()}
-    total = sum(shares[name] for name in losses)
-    weights = {name: shares[name] / total if total else 1 / len(losses) for name in losses}
-    loss = sum(weights[name] * losses[name] for name in losses)
-    bytes_per_token = sum(weights[name] * valid[name].bytes_per_token for name in losses)
-    values = {"loss/valid": loss, "loss/valid_perplexity": math.exp(min(loss, 700.0))}
-    if all(corpus.n_bytes for corpus in valid.values()):
-        values["loss/valid_bits_per_byte"] = loss / math.log(2) / bytes_per_token
-    if len(losses) > 1:
-        values |= {f"loss/valid_{name}": of_source for name, of_source in losses.items()}
+    values = combine(losses, shares, valid)
     if metrics is not None:
         metrics.write(step, {**values, "speed/eval_time_s": time.perf_counter() - began})
         log.info("step %d  held-out %s", step, describe(values, list(values)))
@@ -56,18 +48,12 @@ def evaluate(
 
 def _loss(cfg: RunConfig, engine: Engine, corpus: Corpus, enter: Callable[[str], None]) -> float:
     mesh = engine.mesh
-    total, count = 0.0, 0.0
     with engine.evaluating() as model:
-        for tokens, targets, documents in eval_batches(
-            corpus, cfg.eval.windows, cfg.train.micro_batch_size, mesh.dp_rank, mesh.dp_size
-        ):
-            enter("evaluation")
-            packed = () if documents is None else (documents.to(mesh.device),)
-            total += model(tokens.to(mesh.device), targets.to(mesh.device), *packed).item()
-            count += int((targets != IGNORE).sum())
+        batches = eval_batches(corpus, cfg.eval.windows, cfg.train.micro_batch_size, mesh.dp_rank, mesh.dp_size)
+        mine = sum_losses(model, batches, mesh.device, lambda: enter("evaluation"))
     if corpus.remote:
         corpus.hold(())  # its shards' places in the cache are for the training data meanwhile
-    total, count = mesh.sum([total, count])
+    total, count = mesh.sum([mine.nats, float(mine.targets)])
     return total / count
 
 

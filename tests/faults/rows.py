@@ -23,7 +23,7 @@ ROWS = {
     4: Row("a rank is killed at any file operation of a save"),
     5: Row("a rank is killed around the writing of `latest`"),
     6: Row("a rank is killed while an old checkpoint is removed"),
-    7: Row("an export is killed", NOT_YET),
+    7: Row("an export is killed"),
     8: Row("the launcher is killed or told to stop"),
     9: Row("a rank stands still"),
     10: Row("a rank is slow"),

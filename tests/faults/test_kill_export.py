@@ -1,4 +1,4 @@
-"""Row 7 of the fault matrix: an export that is killed leaves its output absent or whole, and the run as it was."""
+"""An export that is killed leaves its output absent or whole, and the run as it was."""
 
 import json
 import os
@@ -26,6 +26,7 @@ def shim(tmp_path_factory):
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.fault(7)
 @pytest.mark.parametrize("every", [25, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_export_killed_at_any_file_operation_is_absent_or_whole(every, run_dir, shim, tmp_path):
     before = contents(run_dir)

@@ -50,6 +50,7 @@ class Report:
 )  # fmt: skip
 def test_what_a_line_of_the_table_says(reports, result, monkeypatch):
     monkeypatch.setitem(ROWS, 2, Row("killed"))
+    monkeypatch.setitem(ROWS, 7, Row("hidden", "not built yet"))
     table = FaultTable()
     table.rows_of = {"a": [2], "b": [2, 3]}
     for report in reports:

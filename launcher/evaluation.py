@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data.corpus import Corpus
+from data.errors import DataError
 from data.loader import eval_batches
 from data.tokenizer import Tokenizer
 from launcher.config import RunConfig
@@ -33,26 +34,37 @@ def evaluate(
 
     valid: by source.    shares: of the sources in the training mixture; of several sources the loss is the mean of
     theirs with these weights, an estimate of the training loss on unseen text.    enter: told of its phase before each
-    forward pass.    Returns {} where nothing is held out.
+    forward pass.    Returns {} where nothing is held out, or it could not be read: that is told, and ends no run.
     """
     if not valid:
         return {}
     began = time.perf_counter()
     losses = {name: _loss(cfg, engine, corpus, enter) for name, corpus in valid.items()}
-    values = combine(losses, shares, valid)
+    if failed := next((found for found in losses.values() if isinstance(found, str)), None):
+        if engine.mesh.rank == 0:
+            log.warning("step %d could NOT be evaluated, training goes on: %s", step, failed)
+        return {}
+    values = combine({name: loss for name, loss in losses.items() if isinstance(loss, float)}, shares, valid)
     if metrics is not None:
         metrics.write(step, {**values, "speed/eval_time_s": time.perf_counter() - began})
         log.info("step %d  held-out %s", step, describe(values, list(values)))
     return values
 
 
-def _loss(cfg: RunConfig, engine: Engine, corpus: Corpus, enter: Callable[[str], None]) -> float:
-    mesh = engine.mesh
-    with engine.evaluating() as model:
-        batches = eval_batches(corpus, cfg.eval.windows, cfg.train.micro_batch_size, mesh.dp_rank, mesh.dp_size)
-        mine = sum_losses(model, batches, mesh.device, lambda: enter("evaluation"))
+def _loss(cfg: RunConfig, engine: Engine, corpus: Corpus, enter: Callable[[str], None]) -> float | str:
+    """What went wrong, on all ranks alike, where one of them could not read its part."""
+    mesh, batches, wrong = engine.mesh, [], ""
+    enter("evaluation")
+    try:
+        batches = list(eval_batches(corpus, cfg.eval.windows, cfg.train.micro_batch_size, mesh.dp_rank, mesh.dp_size))
+    except (DataError, OSError) as error:
+        wrong = f"rank {mesh.rank}: {type(error).__name__}: {error}"
     if corpus.remote:
         corpus.hold(())  # its shards' places in the cache are for the training data meanwhile
+    if failed := next(filter(None, mesh.gather(wrong)), None):
+        return failed
+    with engine.evaluating() as model:
+        mine = sum_losses(model, batches, mesh.device, lambda: enter("evaluation"))
     total, count = mesh.sum([mine.nats, float(mine.targets)])
     return total / count
 

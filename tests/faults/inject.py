@@ -20,7 +20,7 @@ import torch
 
 import launcher.pretrain as pretrain
 import launcher.watchdog as watchdog
-from launcher import saving
+from launcher import evaluation, saving
 from launcher.saving import Saves
 from parallel import checkpoint, checkpoint_writer
 from parallel.engine import Engine
@@ -49,7 +49,7 @@ def count_steps() -> None:
     enter = watchdog.Watchdog.enter
 
     def counted(self: Any, phase: str, step: int, samples: Any = ()) -> None:
-        now["step"] = step if phase in ("forward", "backward", "update", "save") else 0
+        now["step"] = step if phase in ("forward", "backward", "update", "save", "evaluation") else 0
         enter(self, phase, step, samples)
 
     watchdog.Watchdog.enter = counted  # type: ignore[method-assign]
@@ -91,6 +91,10 @@ def no_view(folder: Path) -> None:
     late_view(folder, 600)
 
 
+def unreadable(_: Any) -> None:
+    raise OSError(5, "Input/output error")
+
+
 def slow_syncs(_: Any) -> None:
     sync = checkpoint_writer.sync
     checkpoint_writer.sync = lambda path: (time.sleep(2), sync(path))  # type: ignore[assignment]
@@ -113,6 +117,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], None]]] = {
     "slow-sync": (Engine, "forward", slow_syncs),
     "flip-bit": (Saves, "begin", bit_of_a_weight),
     "slow-steps": (Engine, "forward", slower_steps),
+    "unreadable-held-out": (evaluation, "eval_batches", unreadable),
     "late-view": (saving, "newest_good", late_view),
     "no-view": (saving, "newest_good", no_view),
 }

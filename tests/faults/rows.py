@@ -73,6 +73,6 @@ ROWS = {
     54: Row("a rank that runs out of memory", NOT_YET),
     55: Row("low limits of files and processes"),
     56: Row("a tracker that is down or raises"),
-    57: Row("an evaluation or export that fails", NOT_YET),
+    57: Row("an evaluation or export that fails"),
     58: Row("fine-tuning from a checkpoint of other ranks", NOT_YET),
 }

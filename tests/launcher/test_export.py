@@ -389,6 +389,7 @@ def test_weights_that_the_dtype_cannot_hold(llama, tmp_path, capsys, monkeypatch
     )
 
 
+@pytest.mark.fault(57)
 def test_too_little_space(runs_of, tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=30_000_000)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
@@ -424,6 +425,7 @@ def test_a_place_that_comes_to_be_meanwhile(runs_of, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.fault(57)
 def test_one_wrong_weight_is_found(dtype, runs_of, tmp_path, capsys, monkeypatch):
     """A norm's weight of one block, off by a hundredth."""
     read = Checkpoint.read_weight

@@ -48,7 +48,16 @@ from parallel import device
 from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps
 from parallel.deepspeed_config import check_passthrough, deepspeed_config
 from parallel.engine import Engine, UpdateResult, parallelize
-from parallel.mesh import LaunchError, Mesh, Place, build_mesh, check_device, close_mesh, place_from_environment
+from parallel.mesh import (
+    LaunchError,
+    Mesh,
+    Place,
+    build_mesh,
+    check_device,
+    close_mesh,
+    device_index,
+    place_from_environment,
+)
 from parallel.optim import lr_at
 from parallel.replicas import ReplicaError
 
@@ -457,6 +466,7 @@ def check(args: argparse.Namespace) -> tuple[RunConfig, Place, RunData]:
     place = place_from_environment(os.environ)
     cfg.grad_accum_steps(place.world_size)
     check_device(cfg.parallel.precision)
+    device_index(place)
     refuse_other_config(cfg, args.allow_change)
     check_threads()
     data = open_again(cfg, place.world_size, Ledger(cfg.run_dir).left_out())

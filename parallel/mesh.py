@@ -180,14 +180,15 @@ class Agreement:
 def build_mesh(place: Place, timeout_s: int) -> Mesh:
     """Start the process group that the accelerator prefers (NCCL on NVIDIA, gloo on CPU) and a gloo group beside it."""
     accelerator = get_accelerator()
-    os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed's engine asks for it whatever the launcher
-    device = torch.device(accelerator.device_name(place.local_rank))
+    index = device_index(place)
+    os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed's engine takes it for the device, whatever the launcher
+    device = torch.device(accelerator.device_name(index))
     if device.type == "cpu":
         device = torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # else every rank would start a thread on every core
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
     else:
-        accelerator.set_device(place.local_rank)
+        accelerator.set_device(index)
     backend, timeout = accelerator.communication_backend_name(), timedelta(seconds=timeout_s)
     if place.rendezvous:
         dist.init_process_group(
@@ -215,6 +216,25 @@ def check_device(precision: str) -> None:
         raise LaunchError(
             f"parallel.precision={precision}: the device {accelerator.device_name()} cannot compute in it; use {usable}"
         )
+
+
+def device_index(place: Place) -> int:
+    """Which of the devices that this process sees is its own. Raises LaunchError where there are fewer than ranks.
+
+    SLURM may bind each task to a device (--gpus-per-task): then every task sees one, its own.
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return place.local_rank
+    seen = int(accelerator.device_count())
+    if seen == 1 and place.found_by == "SLURM_PROCID":
+        return 0
+    if place.local_size > seen:
+        raise LaunchError(
+            f"{place.local_size} ranks on this machine, where each sees {seen} x {accelerator.device_name()}; start one "
+            "rank for each device"
+        )
+    return place.local_rank
 
 
 def close_mesh() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from parallel.mesh import LaunchError, check_device, first_host, place_from_environment
+from parallel.mesh import LaunchError, check_device, device_index, first_host, place_from_environment
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500",
             "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
@@ -74,3 +74,33 @@ def test_a_precision_that_the_device_lacks_is_refused(monkeypatch):
         LaunchError, match=r"parallel.precision=bf16: the device old cannot compute in it; use fp32, fp16"
     ):
         check_device("bf16")
+
+
+class FourGPUs:
+    """Of a machine that is not here."""
+
+    def __init__(self, count=4):
+        self.device_count = lambda: count
+
+    def device_name(self, index=None):
+        return "cuda" if index is None else f"cuda:{index}"
+
+
+def test_every_rank_has_a_device_of_its_own(monkeypatch):
+    from parallel import mesh
+
+    assert device_index(place_from_environment(TORCHRUN)) == 1  # on CPU, of which there is one name
+    monkeypatch.setattr(mesh, "get_accelerator", FourGPUs)
+    assert device_index(place_from_environment(TORCHRUN)) == 1
+    assert device_index(place_from_environment(SRUN)) == 1
+    with pytest.raises(LaunchError, match="8 ranks on this machine, where each sees 4 x cuda; start one rank for each"):
+        device_index(place_from_environment({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}))
+
+
+def test_a_task_that_slurm_binds_to_one_device_takes_it(monkeypatch):
+    from parallel import mesh
+
+    monkeypatch.setattr(mesh, "get_accelerator", lambda: FourGPUs(1))
+    assert device_index(place_from_environment(SRUN)) == 0
+    with pytest.raises(LaunchError, match="2 ranks on this machine, where each sees 1 x cuda"):
+        device_index(place_from_environment(TORCHRUN))

@@ -183,7 +183,10 @@ class CheckpointWriter:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in leftovers:
-            shutil.rmtree(leftover)
+            try:
+                shutil.rmtree(leftover)
+            except OSError as error:  # NFS keeps what a process has open; no save may fail for that
+                log.warning("cannot remove %s, left by a save that was killed: %s", leftover, error)
         free = shutil.disk_usage(self.folder).free
         if free < n_bytes + SPARE_BYTES:
             raise OSError(

@@ -85,6 +85,21 @@ def test_a_staging_folder_of_a_killed_save_is_removed(tmp_path):
     assert names(tmp_path / "step-00000001") == ["manifest.json", "rank-00000.safetensors"]
 
 
+def test_a_staging_folder_that_cannot_be_removed_fails_no_save(tmp_path, monkeypatch, caplog):
+    left, rmtree = tmp_path / "step-00000001.0a1b2c3d.staging", shutil.rmtree
+    left.mkdir()
+
+    def busy(path, **options):
+        if path == left:
+            raise OSError(16, "Device or resource busy", str(path / ".nfs0001"))
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    assert Runs(tmp_path).save(1).error is None
+    assert names(tmp_path) == ["latest", "step-00000001", left.name]
+    assert f"cannot remove {left}, left by a save that was killed: [Errno 16]" in caplog.text
+
+
 def test_the_training_goes_on_meanwhile(tmp_path, monkeypatch):
     """What is written is the state at the call, though the thread comes to it later; the next save waits for it."""
     may_go, write = threading.Event(), module._write_shard

@@ -284,13 +284,15 @@ def _names(checkpoint: Path) -> set[str]:
 
 
 def _damaged(folder: Path) -> list[str]:
-    """Folders that were checkpoints: set aside, or without a manifest (its removal begins a deletion)."""
+    """Folders that were checkpoints: set aside, being replaced, or without a manifest (its removal begins a deletion)."""
     if not folder.is_dir():
         return []
     return [
         entry.name
         for entry in folder.iterdir()
-        if ".damaged" in entry.name or (STEP_NAME.fullmatch(entry.name) and not (entry / "manifest.json").is_file())
+        if ".damaged" in entry.name
+        or ".replaced" in entry.name
+        or (STEP_NAME.fullmatch(entry.name) and not (entry / "manifest.json").is_file())
     ]
 
 

@@ -255,6 +255,14 @@ def test_checkpoints_without_manifests_are_no_fresh_run_either(checkpoints):
         newest_good(checkpoints, Alone())
 
 
+def test_one_that_was_being_replaced_is_no_fresh_run_either(checkpoints):
+    """A process that ends between the two renames of such a save leaves the old one under its third name alone."""
+    shutil.rmtree(checkpoints / "step-00000001")
+    (checkpoints / "step-00000002").rename(checkpoints / "step-00000002.replaced")
+    with pytest.raises(CheckpointError, match="none that is whole .damaged: step-00000002.replaced."):
+        newest_good(checkpoints, Alone())
+
+
 def test_no_checkpoint_at_all_is_a_fresh_run(tmp_path):
     assert newest_good(tmp_path / "none", Alone()) is None
 

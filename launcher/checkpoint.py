@@ -16,7 +16,15 @@ from pathlib import Path
 
 from launcher.lease import sole_writer
 from launcher.run_dir import RunDirError
-from parallel.checkpoint import STEP_NAME, CheckpointError, committed_steps, faults, folder_name, read_manifest
+from parallel.checkpoint import (
+    STEP_NAME,
+    CheckpointError,
+    UnreadableError,
+    committed_steps,
+    faults,
+    folder_name,
+    read_manifest,
+)
 from parallel.config import CheckpointConfig
 from parallel.retention import remove, retire
 
@@ -25,6 +33,8 @@ def describe(path: Path) -> str:
     """One line on a checkpoint, from its manifest alone."""
     try:
         m = read_manifest(path)
+    except UnreadableError as error:
+        return f"{path.name}  UNREADABLE: {error}"
     except CheckpointError as error:
         return f"{path.name}  DAMAGED: {error}"
     n_bytes = sum(entry["bytes"] for entry in m.files.values())
@@ -81,8 +91,8 @@ def prune(run_dir: Path, cfg: CheckpointConfig, damaged: bool, dry_run: bool) ->
     folder = run_dir / "checkpoints"
     steps = committed_steps(folder)
     whole = next((step for step in reversed(steps) if not faults(folder / folder_name(step))), None)
-    if steps and whole is None:
-        raise RunDirError(f"none of the {len(steps)} checkpoints in {folder} is whole; nothing is removed")
+    if whole is None and (steps or any(".staging" not in path.name for path in others(folder))):
+        raise RunDirError(f"none of the checkpoints in {folder} is whole; nothing is removed")
     gone = retire(folder, cfg, stay=frozenset([whole] if whole is not None else []), dry_run=dry_run)
     for step in gone:
         yield f"{'would remove' if dry_run else 'removed'} {folder_name(step)}"
@@ -133,7 +143,7 @@ def main(argv: list[str]) -> int:
             ):
                 print(line)
         return 0
-    except RunDirError as error:
+    except (RunDirError, CheckpointError) as error:
         print(f"checkpoint: {error}", file=sys.stderr)
         return 2
 

@@ -43,6 +43,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read or written; the message names the file and what is wrong with it."""
 
 
+class UnreadableError(CheckpointError):
+    """It could not be looked at here and now; nothing is known to be wrong with it."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What `manifest.json` holds."""
@@ -175,16 +179,21 @@ def read_manifest(path: Path) -> Manifest:
     file = path / "manifest.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        if raw.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{file}: format version {raw.get('format_version')!r}, this program reads {FORMAT_VERSION}"
+        if isinstance(version := raw.get("format_version"), int) and version > FORMAT_VERSION:
+            raise UnreadableError(
+                f"{file}: format version {version}, this program reads {FORMAT_VERSION}; use the Longhaul that wrote it, or "
+                "a later one"
             )
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{file}: format version {version!r}, this program reads {FORMAT_VERSION}")
         if raw.pop("xxh3", None) != body_hash(raw):
             raise CheckpointError(f"{file} does not say what was written: its own xxh3 differs")
         manifest = Manifest(**raw)
         if path.name.split(".")[0] != folder_name(manifest.step):
             raise CheckpointError(f"{file} is of step {manifest.step}, its folder is {path.name}")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise _not_read(file, error) from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: {type(error).__name__}: {error}") from error
     for name in manifest.files:
         if Path(name).name != name:
@@ -192,10 +201,25 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def _not_read(file: Path, error: OSError) -> CheckpointError:
+    """A file that is gone is damage; a mount that is stale, a right or a handle that is missing says nothing about it."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return CheckpointError(f"{file}: {error.strerror}")
+    return UnreadableError(
+        f"{file} cannot be read on {socket.gethostname()}: {error.strerror or error}. Nothing is known to be wrong with it: "
+        "mend that and start again; if the file is lost for good, move its folder away"
+    )
+
+
 def faults(path: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with a committed checkpoint, checking every `parts`-th file by size and hash; empty when nothing."""
+    """What is wrong with a committed checkpoint, checking every `parts`-th file by size and hash; empty when nothing.
+
+    Raises UnreadableError where that cannot be told.
+    """
     try:
         manifest = read_manifest(path)
+    except UnreadableError:
+        raise
     except CheckpointError as error:
         return [str(error)]
     wrong = []
@@ -208,7 +232,9 @@ def faults(path: Path, part: int = 0, parts: int = 1) -> list[str]:
             elif (found := file_hash(file)) != entry["xxh3"]:
                 wrong.append(f"{file}: xxh3 {found}, the manifest says {entry['xxh3']}")
         except OSError as error:
-            wrong.append(f"{file}: {error.strerror}")
+            if isinstance(gone := _not_read(file, error), UnreadableError):
+                raise gone from error
+            wrong.append(str(gone))
     return wrong
 
 
@@ -223,9 +249,12 @@ def committed_steps(folder: Path) -> list[int]:
 def newest_good(folder: Path, mesh: "Mesh") -> CheckpointReader | None:
     """The newest checkpoint whose every file has its size and hash, verified by all ranks together; None if there is none.
 
-    A damaged one is named, set aside as `step-N.damaged`, and the one before it is tried. Raises CheckpointError when
-    there are checkpoints and none is good: starting again from step 0 is never this program's decision.
+    A damaged one is named, set aside as `step-N.damaged`, and the one before it is tried. Raises CheckpointError, on all
+    ranks, when there are checkpoints and none is good: starting again from step 0 is never this program's decision; and
+    where one cannot be looked at, by any rank: then none is touched.
     """
+    if mesh.rank == 0:
+        _put_back(folder)
     steps = mesh.broadcast(committed_steps(folder) if mesh.rank == 0 else None)
     if mesh.rank == 0:
         _warn_if_latest_differs(folder, steps)
@@ -233,9 +262,8 @@ def newest_good(folder: Path, mesh: "Mesh") -> CheckpointReader | None:
     for step in reversed(steps):
         path = folder / folder_name(step)
         _wait_until_seen(path, mesh)
-        wrong = [text for texts in mesh.gather(faults(path, mesh.rank, mesh.world_size)) for text in texts]
-        if not wrong:
-            reader = CheckpointReader(path)
+        if not (wrong := _faults_together(path, mesh)):
+            reader = _open_together(path, mesh)
             if mesh.rank == 0 and (
                 more := sorted({p.name for p in path.iterdir()} - {"manifest.json", *reader.manifest.files})
             ):
@@ -252,6 +280,40 @@ def newest_good(folder: Path, mesh: "Mesh") -> CheckpointReader | None:
             "restore one from a copy, or start a new run under another run.name"
         )
     return None
+
+
+def _faults_together(path: Path, mesh: "Mesh") -> list[str]:
+    """What all ranks together find wrong, each with its part of the files; the same, or the same error, on every rank."""
+    wrong, unreadable = [], ""
+    try:
+        wrong = faults(path, mesh.rank, mesh.world_size)
+    except UnreadableError as error:
+        unreadable = f"rank {mesh.rank}: {error}"
+    found = mesh.gather((wrong, unreadable))
+    if told := next((text for _, text in found if text), None):
+        raise UnreadableError(told)
+    return [text for texts, _ in found for text in texts]
+
+
+def _open_together(path: Path, mesh: "Mesh") -> CheckpointReader:
+    reader, wrong = None, ""
+    try:
+        reader = CheckpointReader(path)
+    except CheckpointError as error:
+        wrong = f"rank {mesh.rank} on {socket.gethostname()}: {error}"
+    if told := next(filter(None, mesh.gather(wrong)), None):
+        raise UnreadableError(told)
+    assert reader is not None
+    return reader
+
+
+def _put_back(folder: Path) -> None:
+    """A save that takes the place of one of the same step moves that aside first; if it was killed then, move it back."""
+    for aside in sorted(folder.glob("step-*.replaced*")):
+        final = aside.with_name(aside.name.split(".")[0])
+        if not final.exists() and (aside / "manifest.json").is_file():
+            log.warning("%s had been moved aside by a save that was killed; it is %s again", aside, final.name)
+            os.rename(aside, final)
 
 
 def _wait_until_seen(path: Path, mesh: "Mesh") -> None:

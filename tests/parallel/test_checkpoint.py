@@ -14,6 +14,7 @@ import parallel.checkpoint as module
 from parallel.checkpoint import (
     CheckpointError,
     CheckpointReader,
+    UnreadableError,
     body_hash,
     committed_steps,
     faults,
@@ -214,7 +215,7 @@ def test_a_flipped_bit_is_found(checkpoints, where, caplog):
         (lambda p: (p / "rank-00001.safetensors").unlink(), "No such file"),
         (lambda p: (p / "manifest.json").write_text("{"), "JSONDecodeError"),
         (lambda p: (p / "manifest.json").write_text("[" * 100_000), "RecursionError"),
-        (lambda p: (p / "manifest.json").write_text('{"format_version": 9}'), "format version 9, this program reads 1"),
+        (lambda p: (p / "manifest.json").write_text('{"format_version": 0}'), "format version 0, this program reads 1"),
         (lambda p: (p / "manifest.json").write_text('{"format_version": 1}'), "its own xxh3 differs"),
         (lambda p: edit(p, files={}), "its own xxh3 differs"),
         (lambda p: edit(p, step=3), "its own xxh3 differs"),
@@ -255,12 +256,46 @@ def test_checkpoints_without_manifests_are_no_fresh_run_either(checkpoints):
         newest_good(checkpoints, Alone())
 
 
-def test_one_that_was_being_replaced_is_no_fresh_run_either(checkpoints):
+def test_one_that_was_being_replaced_is_used(checkpoints, caplog):
     """A process that ends between the two renames of such a save leaves the old one under its third name alone."""
     shutil.rmtree(checkpoints / "step-00000001")
     (checkpoints / "step-00000002").rename(checkpoints / "step-00000002.replaced")
-    with pytest.raises(CheckpointError, match="none that is whole .damaged: step-00000002.replaced."):
+    assert newest_good(checkpoints, Alone()).manifest.step == 2
+    assert "had been moved aside by a save that was killed; it is step-00000002 again" in caplog.text
+
+
+def test_one_that_has_been_replaced_stays_aside(checkpoints):
+    shutil.copytree(checkpoints / "step-00000001", checkpoints / "step-00000001.replaced")
+    shutil.rmtree(checkpoints / "step-00000002")
+    assert newest_good(checkpoints, Alone()).manifest.step == 1
+    assert (checkpoints / "step-00000001.replaced").is_dir()
+
+
+STALE = OSError(116, "Stale file handle")
+
+
+@pytest.mark.parametrize("where", ["file_hash", "read_text", "safe_open"])
+@pytest.mark.fault(16)
+def test_what_cannot_be_looked_at_is_not_damaged(checkpoints, where, monkeypatch):
+    """A mount that is stale on one machine, or a limit of open files: all good checkpoints would be set aside for it."""
+
+    def stale(*_, **__):
+        raise STALE
+
+    owner = {"file_hash": module, "read_text": module.Path, "safe_open": module.safetensors}[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, stale)
+        with pytest.raises(UnreadableError, match=r"rank 0.*: .*step-00000002/.*Stale file handle"):
+            newest_good(checkpoints, Alone())
+    assert committed_steps(checkpoints) == [1, 2]
+    assert newest_good(checkpoints, Alone()).manifest.step == 2
+
+
+def test_a_checkpoint_of_a_later_program_is_not_damaged(checkpoints):
+    edit(checkpoints / "step-00000002", format_version=2, rehash=True)
+    with pytest.raises(UnreadableError, match="format version 2, this program reads 1; use the Longhaul that wrote it"):
         newest_good(checkpoints, Alone())
+    assert committed_steps(checkpoints) == [1, 2]
 
 
 def test_no_checkpoint_at_all_is_a_fresh_run(tmp_path):
@@ -324,7 +359,13 @@ class Second(Alone):
         return self.of_rank_0.pop(0)
 
     def gather(self, value):
-        return [(("first", []) if isinstance(value, tuple) else []), value]
+        """Rank 0 has nothing to tell."""
+        match value:
+            case (str(), _):  # what it does not see
+                return [("first", []), value]
+            case (list(), _):  # what it finds wrong, and why it cannot tell
+                return [([], ""), value]
+        return ["", value]
 
 
 @pytest.mark.fault(21)

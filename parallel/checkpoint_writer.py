@@ -84,6 +84,7 @@ class CheckpointWriter:
         self.failures = 0  # saves that have failed so far, as far as this rank knows
         self._mesh, self._on_done, self._before_commit = mesh.in_background(), on_done, before_commit
         self._key, self.committed_step = mesh.broadcast((secrets.token_hex(4), max(committed_steps(folder), default=0)))
+        self._verified = self.committed_step  # the resume has compared it with its hashes, as nobody has the later ones
         self._copy: dict[str, torch.Tensor] = {}  # kept between saves: new memory costs more than the copy
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
@@ -153,7 +154,7 @@ class CheckpointWriter:
             raise
         if first:
             try:
-                retire(self.folder, self.cfg)
+                retire(self.folder, self.cfg, stay=frozenset([self._verified]))
             except OSError as error:  # on this rank alone: the save has not failed for it
                 log.warning("old checkpoints in %s are not removed for now: %s", self.folder, error)
         return n_bytes

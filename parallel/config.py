@@ -130,7 +130,7 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     every: PositiveInt = 1000  # optimizer steps between saves; one more is written when a run ends or is stopped
     retry_every: PositiveInt = 50  # after a save that failed: steps to the next try, where that is sooner
-    keep: NonNegativeInt = 3  # newest checkpoints that stay; 0 keeps all
+    keep: NonNegativeInt = 3  # newest checkpoints that stay, beside the one that a start was resumed from; 0 keeps all
     keep_every: PositiveInt | None = None  # besides: those of steps that this divides
     # besides: the first of each so many hours of training, evaluation and stops not counted
     keep_every_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None

@@ -43,6 +43,17 @@ def test_only_the_newest_are_kept(tmp_path):
     assert [outcome.step for outcome in runs.outcomes] == [1, 2, 3, 4, 5]
 
 
+def test_the_one_that_was_resumed_from_stays(tmp_path):
+    """It has been read and compared with its hashes; of those written since nobody knows that they can be read."""
+    runs = Runs(tmp_path, keep=1)
+    for step in (1, 2):
+        runs.save(step)
+    resumed = Runs(tmp_path, keep=1)
+    for step in (3, 4):
+        resumed.save(step)
+    assert committed_steps(tmp_path) == [2, 4]
+
+
 def test_some_are_kept_for_good(tmp_path):
     runs = Runs(tmp_path, keep=1, keep_every=4, keep_every_hours=2.0)
     for step in range(1, 10):
@@ -141,7 +152,7 @@ def test_a_write_that_fails_leaves_nothing_and_the_next_succeeds(tmp_path, monke
 def test_old_checkpoints_that_cannot_be_listed_fail_no_save(tmp_path, monkeypatch):
     """Only one rank removes them, after all have committed: were it to count that as a failure, ranks would disagree."""
 
-    def broken(*_):
+    def broken(*_, **__):
         raise OSError(5, "Input/output error")
 
     runs = Runs(tmp_path)

@@ -110,7 +110,13 @@ def train(
     mesh = engine.mesh
     watch.enter("start-up", 0)
     start = configure_logging(cfg, mesh, ledger)
-    progress, cursor = resume(cfg, engine)
+    try:
+        progress, cursor = resume(cfg, engine)
+    except CheckpointError as error:
+        watch.close()
+        if mesh.rank == 0:
+            ledger.add("failed", error=hide(f"{type(error).__name__}: {error}")[:1000])
+        raise
     loader = data.loader(cfg, mesh, cursor)
     reads = ReadLog(cfg.run_dir, start, mesh.dp_rank)
     metrics = MetricsLog(cfg.run_dir, progress.step) if mesh.rank == 0 else None
@@ -131,6 +137,7 @@ def train(
             vote = mesh.agree_max(stop.signal_number, saves.failures)  # travels while the step computes
             began = time.perf_counter()
             if may_end and mesh.agree_max(int(loader.at_end())).result()[0]:
+                watch.enter("save", progress.step)
                 saves.finish(progress)
                 raise StreamEnd(end_of_stream(cfg, progress))
             batch = next(loader)
@@ -147,6 +154,7 @@ def train(
                 if mesh.rank == 0:
                     ledger.add("bad_step", step=progress.step, **asdict(stats.bad))
                 bad_steps.tell(progress.step, stats.bad, stats.update.made, stats.losses, batch, loader, mesh)
+                watch.enter("save", progress.step)  # which a rewind waits for
                 bad_steps.give_up_or_rewind(cfg, progress, stats.bad, spans, saves, data.rewinds)
             progress.tokens += n_targets
             progress.train_s += time.perf_counter() - began
@@ -163,10 +171,10 @@ def train(
                 shares = data.shares(batch.span[0])
                 valid = evaluate(cfg, engine, data.valid, shares, metrics, progress.step, watch.within(progress.step))
                 write_samples(cfg, engine, data.tokenizer, metrics, progress.step)
+            watch.enter("save", progress.step)
             saves.heed(failures, progress.step)
             leaving = bool(stopped_by) or progress.step == cfg.train.end
             if leaving or saves.due(progress.step):
-                watch.enter("save", progress.step)
                 stall_s = saves.finish(progress) if leaving else saves.begin(progress)
                 if metrics is not None and stall_s is not None:
                     metrics.write(progress.step, {"speed/checkpoint_stall_s": stall_s})

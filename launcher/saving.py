@@ -41,9 +41,18 @@ class Progress:
 
 
 def resume(cfg: RunConfig, engine: Engine) -> tuple[Progress, dict[str, Any] | None]:
-    """Load the newest good checkpoint, or initial weights if there is none; returns progress and data cursor."""
+    """Load the newest good checkpoint, or initial weights if there was none; returns progress and data cursor.
+
+    Raises CheckpointError, on all ranks, where the run has saved and nothing of it can be loaded.
+    """
     reader = newest_good(cfg.run_dir / "checkpoints", engine.mesh)
     if reader is None:
+        ledger = Ledger(cfg.run_dir)
+        if saved := engine.mesh.broadcast(ledger.saved_step() if engine.mesh.rank == 0 else None):
+            raise CheckpointError(
+                f"{cfg.run_dir / 'checkpoints'} has no checkpoint, yet {ledger.path} tells of one of step {saved}. Restore "
+                "it (or mount what it is on), or start a new run under another run.name"
+            )
 
         def weights(name: str, first: int, stop: int) -> Tensor:
             return initial_values(name, engine.shapes[name], cfg.model, cfg.run.seed, first, stop)
@@ -133,7 +142,8 @@ class Saves:
         after it can mend them.
         """
         stall_s = None
-        if self._writer.wait() is None or self.committed_step != progress.step:
+        self._writer.wait()
+        if self.committed_step != progress.step:
             stall_s = self.begin(progress)
         outcome = self._writer.wait()
         self._check_finite()

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import time
 
@@ -126,6 +127,17 @@ def test_a_rank_that_never_sees_the_checkpoints_ends_the_start_and_damages_none(
     assert committed_steps(run_dir / "checkpoints") == [5, 10, 15, 20]
 
 
+@pytest.mark.fault(16)
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(straight, recipe, tmp_path):
+    """As where the disk that they are on is not mounted."""
+    run_dir = tmp_path / "runs/test"
+    straight.begun(run_dir, 10)
+    shutil.move(run_dir / "checkpoints", tmp_path / "elsewhere")
+    text = run(torchrun(2, "--config", recipe, *OPTIONS), tmp_path / "log", code=1)
+    assert re.search(r"checkpoints has no checkpoint, yet .*ledger.jsonl tells of one of step 60. Restore it", text)
+    assert Ledger(run_dir).events()[-1]["event"] == "failed"
+
+
 def damage(path, how):
     content = bytearray(path.read_bytes())
     if how == "bit":
@@ -159,4 +171,4 @@ def test_a_run_without_a_whole_checkpoint_stops(straight, recipe, tmp_path):
     text = run(torchrun(2, "--config", recipe, *OPTIONS), tmp_path / "log", code=1)
     assert "has checkpoints but none that is whole (damaged: step-00000005, step-00000010)" in text
     assert committed_steps(run_dir / "checkpoints") == []
-    assert [event["event"] for event in Ledger(run_dir).events()][-1] == "finished"  # of the run that was copied
+    assert "none that is whole" in Ledger(run_dir).events()[-1]["error"]

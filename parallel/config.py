@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 # DeepSpeed's top-level keys (0.19.8). DeepSpeed ignores a key that it does not know, so a typo would be silent.
 # OWNED ones are written by Longhaul from its own config; the rest may be passed through `parallel.deepspeed`.
@@ -23,13 +23,13 @@ OWNED_KEYS = {
     "prescale_gradients": "nothing: losses are weighted by tokens before DeepSpeed sees them",
     "gradient_predivide_factor": "nothing: losses are weighted by tokens before DeepSpeed sees them",
     "gradient_allreduce_op": "nothing: losses are weighted by tokens before DeepSpeed sees them",
+    "zero_force_ds_cpu_optimizer": "nothing: offloaded state is updated by Longhaul's own AdamW",
     "load_universal_checkpoint": "nothing: a checkpoint is read at any world size and ZeRO stage",
 }
 PASS_KEYS = frozenset(
     {
         "zero_optimization",
         "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
         "communication_data_type",
         "seq_parallel_communication_data_type",
         "comms_logger",
@@ -49,10 +49,11 @@ PASS_KEYS = frozenset(
 # Of the zero_optimization section, what is Longhaul's own or would need wiring that is not there.
 OWNED_ZERO_KEYS = {
     "stage": "parallel.zero_stage",
-    "offload_optimizer": "nothing yet: offload is not wired",
-    "offload_param": "nothing yet: offload is not wired",
-    "cpu_offload": "nothing yet: offload is not wired",
-    "cpu_offload_param": "nothing yet: offload is not wired",
+    "offload_optimizer": "parallel.offload_optimizer",
+    "offload_param": "parallel.offload_param",
+    "cpu_offload": "parallel.offload_optimizer",
+    "cpu_offload_param": "parallel.offload_param",
+    "cpu_offload_use_pin_memory": "parallel.offload_optimizer or parallel.offload_param",
     "zenflow": "nothing yet: it needs another optimizer",
     "elastic_checkpoint": "the checkpoint section",
     "compute_grad_norm": "nothing: the norm is needed to notice a bad step",
@@ -66,6 +67,9 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"  # of weights and activations; bf16 and fp16 keep fp32 masters
     # Gradients of micro-batches are summed in this format. None: fp32 where DeepSpeed can (ZeRO 1 to 3), else `precision`.
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    # cpu: fp32 weights and moments are in host memory and updated there; the weights that compute are fetched from it
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_param: Literal["none", "cpu"] = "none"
     activation_checkpointing: Literal["none", "full", "every_k", "selective"] = "none"
     checkpoint_every_k: PositiveInt = 2  # with every_k: recompute each k-th block
     timeout_s: int = Field(1800, gt=0, le=7 * 86_400)  # a collective that takes longer ends the run
@@ -91,6 +95,30 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError(
                 "precision=fp16 with zero_stage=0: DeepSpeed divides gradients by a loss scale there that it never "
                 "applied, and trains on next to nothing; use zero_stage 1, 2 or 3"
+            )
+        return self
+
+    @field_validator("offload_optimizer", "offload_param", mode="before")
+    @classmethod
+    def _nvme_is_not_wired(cls, value: Any) -> Any:
+        if value == "nvme":
+            raise ValueError(
+                f"got {value!r}; checkpoints are written from memory, where state that is offloaded to NVMe is not to be "
+                "found; use cpu"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _there_is_something_to_offload(self) -> Self:
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError(
+                f"offload_optimizer={self.offload_optimizer} with zero_stage=0; DeepSpeed offloads the shards of ZeRO 1, 2 "
+                "and 3: set parallel.zero_stage to one of them (they need no second rank), or offload_optimizer to none"
+            )
+        if self.offload_param != "none" and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_param={self.offload_param} with zero_stage={self.zero_stage}; DeepSpeed offloads the shards of "
+                "ZeRO 3: set parallel.zero_stage to 3, or offload_param to none"
             )
         return self
 

@@ -32,6 +32,13 @@ def deepspeed_config(
     }
     if cfg.precision != "fp32":
         ds[cfg.precision] = {"enabled": True}
+    for key, where in (("offload_optimizer", cfg.offload_optimizer), ("offload_param", cfg.offload_param)):
+        if where != "none":
+            ds["zero_optimization"][key] = {"device": where, "pin_memory": True}
+    if cfg.offload_optimizer != "none":
+        ds["zero_force_ds_cpu_optimizer"] = (
+            False  # else it takes no AdamW but its own, which nodes would have to compile
+        )
     ds["data_types"] = {"grad_accum_dtype": cfg.resolved_grad_accum_dtype}
     for key, value in cfg.deepspeed.items():
         ds[key] = {**ds[key], **value} if isinstance(value, dict) and isinstance(ds.get(key), dict) else value

@@ -39,6 +39,7 @@ class Engine:
         self.ds = ds
         self.mesh = mesh
         self.zero_stage = cfg.zero_stage
+        self.offloaded = cfg.offload_optimizer != "none"
         self.module: nn.Module = ds.module
         self.parameters = dict(self.module.named_parameters())
         self.shapes = {
@@ -88,7 +89,12 @@ class Engine:
         self.ds.step()
         norm = self.ds.get_global_grad_norm()
         norm = float(norm) if norm is not None else 0.0
-        made = self.ds.skipped_steps == skipped and not self._vetoed
+        finite = self.ds.skipped_steps == skipped
+        if not finite and self.offloaded and self.zero_stage < 3:
+            # DeepSpeed 0.19.8 keeps the sum that it could not use, and adds all later gradients to its NaN.
+            gradients = self.ds.optimizer.averaged_gradients
+            gradients.update(dict.fromkeys(gradients))
+        made = finite and not self._vetoed
         return UpdateResult(norm if math.isfinite(norm) else math.inf, made)
 
     def _allowed(self) -> bool:
@@ -160,7 +166,10 @@ class Engine:
         return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
 
     def _masters(self) -> list[Tensor]:
-        """The fp32 tensors that AdamW updates: whole parameters (ZeRO 0) or flat partitions of many (ZeRO 1 to 3)."""
+        """The fp32 tensors that AdamW updates: whole parameters (ZeRO 0) or flat partitions of many (ZeRO 1 to 3).
+
+        They are on the host where the optimizer is offloaded, and AdamW's moments with them.
+        """
         optimizer = self.ds.optimizer
         if self.zero_stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)

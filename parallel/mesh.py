@@ -183,10 +183,10 @@ def build_mesh(place: Place, timeout_s: int) -> Mesh:
     index = device_index(place)
     os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed's engine takes it for the device, whatever the launcher
     device = torch.device(accelerator.device_name(index))
+    if "OMP_NUM_THREADS" not in os.environ:  # else every rank would start a thread on every core
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
     if device.type == "cpu":
         device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in os.environ:  # else every rank would start a thread on every core
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
     else:
         accelerator.set_device(index)
     backend, timeout = accelerator.communication_backend_name(), timedelta(seconds=timeout_s)

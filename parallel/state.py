@@ -10,7 +10,10 @@ WEIGHT, EXP_AVG, EXP_AVG_SQ = KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Fragment:
-    """The part of one parameter's state that this rank holds: `tensor` is a 1-D fp32 view of the live memory."""
+    """The part of one parameter's state that this rank holds: `tensor` is a 1-D fp32 view of the live memory.
+
+    That is the device's, or the host's where `parallel.offload_optimizer` has put it.
+    """
 
     name: str  # the parameter's name
     kind: str  # one of KINDS: the fp32 master weight and AdamW's two moments

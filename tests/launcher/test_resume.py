@@ -54,6 +54,44 @@ def test_killed_and_resumed_equals_never_stopped(stage, undisturbed, corpus, tmp
     assert_same_state(tmp_path / "runs/test", straight)
 
 
+OFFLOAD = {
+    1: ["parallel.zero_stage=1", "parallel.offload_optimizer=cpu"],
+    3: ["parallel.zero_stage=3", "parallel.offload_optimizer=cpu", "parallel.offload_param=cpu"],
+}
+
+
+@pytest.fixture(scope="module")
+def unclipped(tmp_path_factory, corpus):
+    """ZeRO stage -> the folder of a run on the device without clipping, for which the host adds up in another order."""
+    made = {}
+
+    def get(stage):
+        if stage not in made:
+            folder = tmp_path_factory.mktemp(f"unclipped{stage}")
+            recipe = write_recipe(folder, corpus)
+            run(torchrun(2, "--config", recipe, "optim.grad_clip=0.0", f"parallel.zero_stage={stage}"), folder / "log")
+            made[stage] = folder / "runs/test"
+        return made[stage]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [("host", "device"), ("device", "host"), ("host", "host")])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_killed_run_goes_on_with_or_without_offload(stage, before, after, unclipped, corpus, tmp_path):
+    """SIGKILL for all ranks after step 12; the same bits as never stopped and never offloaded."""
+    recipe = write_recipe(tmp_path, corpus)
+    kept = {"host": OFFLOAD[stage], "device": OFFLOAD[stage][:1]}
+    first, second = (torchrun(2, "--config", recipe, "optim.grad_clip=0.0", *kept[at]) for at in (before, after))
+    process = start(first, tmp_path / "log")
+    wait_for_step(tmp_path / "runs/test", 12, process)
+    kill(recipe, process)
+    assert "resumed from" in run(second, tmp_path / "log")
+    assert losses(tmp_path / "runs/test") == losses(unclipped(stage))
+    assert_same_state(tmp_path / "runs/test", unclipped(stage))
+
+
 @pytest.mark.parametrize(
     "number",
     [pytest.param(signal.SIGUSR1, marks=pytest.mark.fault(27)), pytest.param(signal.SIGINT, marks=pytest.mark.slow)],

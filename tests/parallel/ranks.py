@@ -61,12 +61,24 @@ def _enter(rank: int, n: int, folder: str, fn: Callable[..., Any], args: tuple) 
     leave(0)
 
 
-def build(mesh: Mesh, cfg: ParallelConfig, model: ModelConfig = MODEL, accum: int = ACCUM) -> Engine:
+def config_of(stage: int, precision: str, offload: str) -> ParallelConfig:
+    """offload: what is in host memory, none, optimizer, param or both."""
+    return ParallelConfig(
+        zero_stage=stage,
+        precision=precision,
+        offload_optimizer="cpu" if offload in ("optimizer", "both") else "none",
+        offload_param="cpu" if offload in ("param", "both") else "none",
+    )
+
+
+def build(
+    mesh: Mesh, cfg: ParallelConfig, model: ModelConfig = MODEL, accum: int = ACCUM, optim: OptimConfig = OPTIM
+) -> Engine:
     micro = BATCH // accum // mesh.dp_size
     ds = deepspeed_config(
-        cfg, micro_batch_size=micro, grad_accum_steps=accum, dp_size=mesh.dp_size, grad_clip=OPTIM.grad_clip
+        cfg, micro_batch_size=micro, grad_accum_steps=accum, dp_size=mesh.dp_size, grad_clip=optim.grad_clip
     )
-    engine = parallelize(lambda: Transformer(model), cfg, OPTIM, ds, mesh)
+    engine = parallelize(lambda: Transformer(model), cfg, optim, ds, mesh)
     shapes = engine.shapes
     engine.load_state(ZeroMoments(lambda name, a, b: initial_values(name, shapes[name], model, 5, a, b)), adam_steps=0)
     return engine

@@ -12,11 +12,17 @@ from launcher.bad_steps import BadStep
 from model.attention import document_mask
 from parallel.config import ParallelConfig
 from parallel.recompute import _is_dear, _selective_contexts, apply_recompute
-from ranks import MODEL, OPTIM, batch_of, build, run_ranks, run_steps, whole_state
+from ranks import MODEL, OPTIM, batch_of, build, config_of, run_ranks, run_steps, whole_state
 
 STAGES = (0, 1, 2, 3)
 RECOMPUTE = ("none", "full", "every_k", "selective")
 STEPS = 4
+# (stage, precision, what is in host memory), for what is done about single updates
+UPDATES = [
+    (stage, precision, offload)
+    for precision in ("fp32", "bf16")
+    for stage, offload in [*((s, "none") for s in STAGES), *((s, "optimizer") for s in STAGES[1:]), (3, "both")]
+]
 
 
 class Alone:
@@ -242,9 +248,9 @@ def test_masks_of_both_kinds_train_alike(trained_on_documents, stage):
         torch.testing.assert_close(flex[1][key], dense[1][key], rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
 
 
-def poison(mesh, stage, precision):
+def poison(mesh, case):
     """A step with a NaN on the last rank only, between two good ones."""
-    engine = build(mesh, ParallelConfig(zero_stage=stage, precision=precision))
+    engine = build(mesh, config_of(*case))
     before = run_steps(engine, range(1))
     state = whole_state(engine)
     forward = engine.forward
@@ -257,7 +263,7 @@ def poison(mesh, stage, precision):
 
 
 def poison_all(mesh):
-    return {(s, p): poison(mesh, s, p) for s in STAGES for p in ("fp32", "bf16")}
+    return {case: poison(mesh, case) for case in UPDATES}
 
 
 @pytest.fixture(scope="module")
@@ -265,12 +271,11 @@ def poisoned():
     return run_ranks(2, poison_all)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("case", UPDATES, ids=str)
 @pytest.mark.fault(35)
-def test_a_nan_on_one_rank_skips_the_update_on_all(poisoned, stage, precision):
+def test_a_nan_on_one_rank_skips_the_update_on_all(poisoned, case):
     for rank in poisoned:
-        before, bad, unchanged, adam_steps, after = rank[stage, precision]
+        before, bad, unchanged, adam_steps, after = rank[case]
         assert bad[0][2], "the update was taken"
         assert bad[0][1] == math.inf
         assert unchanged
@@ -280,11 +285,11 @@ def test_a_nan_on_one_rank_skips_the_update_on_all(poisoned, stage, precision):
         assert math.isfinite(after[0][0])
 
 
-def veto_one(mesh, stage, precision):
+def veto_one(mesh, case):
     """Steps 0 and 2 with a step between that the caller does not want; and the same two without it."""
     results = {}
     for name in ("vetoed", "without"):
-        engine = build(mesh, ParallelConfig(zero_stage=stage, precision=precision))
+        engine = build(mesh, config_of(*case))
         first = run_steps(engine, range(1))
         asked = []
         if name == "vetoed":
@@ -309,7 +314,7 @@ class Refusing:
 
 
 def veto_all(mesh):
-    return {(s, p): veto_one(mesh, s, p) for s in STAGES for p in ("fp32", "bf16")}
+    return {case: veto_one(mesh, case) for case in UPDATES}
 
 
 @pytest.fixture(scope="module")
@@ -317,11 +322,10 @@ def vetoed():
     return run_ranks(2, veto_all)[0]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_an_update_that_the_caller_refuses_leaves_no_trace(vetoed, stage, precision):
+@pytest.mark.parametrize("case", UPDATES, ids=str)
+def test_an_update_that_the_caller_refuses_leaves_no_trace(vetoed, case):
     """Weights, moments and Adam's step as if the step had not been; DeepSpeed's own state does not matter to the next."""
-    with_it, without = vetoed[stage, precision]["vetoed"], vetoed[stage, precision]["without"]
+    with_it, without = vetoed[case]["vetoed"], vetoed[case]["without"]
     assert with_it[:3] == without[:3]
     assert with_it[2] == 2
     for key, value in without[3].items():

@@ -1,4 +1,4 @@
-"""Ranks whose launcher is ended while they start do not outlive it; the rest is in test_watchdog.py."""
+"""Ranks do not outlive their launcher while they start, nor train on when it is told to end; more in test_watchdog.py."""
 
 import os
 import re
@@ -9,7 +9,8 @@ import pytest
 from test_watchdog import ends, pids_of
 
 from launcher.launchers import Launcher, launchers_of, leaving_with_launcher, process_start_of
-from runs import deepspeed, rank_pids, start, torchrun, write_recipe
+from launcher.run_dir import Ledger
+from runs import deepspeed, rank_pids, start, torchrun, wait_for_step, write_recipe
 
 LONG = ["train.steps=100000", "--allow-change", "train.steps", "optim.schedule=constant"]
 
@@ -53,6 +54,24 @@ def test_ranks_whose_torchrun_is_killed_do_not_wait_for_its_store(corpus, tmp_pa
     time.sleep(1)
     os.kill(process.pid, signal.SIGKILL)
     assert "the launcher of this rank ended before the ranks had met; nothing was started" in ends(process, recipe, log)
+
+
+# -- while they train ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["runner", "launch.py"])
+@pytest.mark.parametrize("number", ["USR1", "INT"])
+def test_ranks_save_and_leave_on_other_signals_to_deepspeed(whom, number, corpus, tmp_path):
+    """KILL and TERM are in test_watchdog.py."""
+    recipe, run_dir, log = write_recipe(tmp_path, corpus), tmp_path / "runs/test", tmp_path / "log"
+    process = start(deepspeed(2, "--config", recipe, *LONG), log)
+    wait_for_step(run_dir, 4, process)
+    os.kill(process.pid if whom == "runner" else launch_py(recipe, process), getattr(signal, f"SIG{number}"))
+    ends(process, recipe, log)
+    stopped = [event for event in Ledger(run_dir).events() if event["event"] == "stopped"]
+    assert len(stopped) == 1
+    assert (run_dir / f"checkpoints/step-{stopped[0]['step']:08d}/manifest.json").exists()
 
 
 # -- who is a launcher --------------------------------------------------------------------------------------------------

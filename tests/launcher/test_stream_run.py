@@ -21,6 +21,7 @@ from parallel.checkpoint import committed_steps, read_manifest
 from runs import (
     PRETRAIN,
     SCRIPTS,
+    assert_same_state,
     kill,
     losses,
     metrics,
@@ -322,6 +323,33 @@ def test_a_killed_worker_ends_the_run_and_the_next_start_goes_on(corpus, tmp_pat
         behind = first[failed["saved_step"] :]
         assert behind == again[: len(behind)]
     wait_until_gone(workers)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(3)
+def test_a_killed_worker_or_rank_leaves_no_process_and_the_next_start_ends_bit_equal(corpus, tmp_path):
+    """In mid-run, with two workers a rank that are some 50 steps ahead."""
+    recipe = write_stream_recipe(tmp_path, corpus, **(STREAM | {"workers": 2}))
+    command = torchrun(2, "--config", recipe, "train.steps=120", "checkpoint.every=20", "eval.every=0")
+    run([*command, "run.name=straight"], tmp_path / "straight.log")
+    for victim, cause in (
+        ("worker", "a worker process of data.stream"),
+        ("rank", "its process was ended from outside"),
+    ):
+        log, run_dir = tmp_path / f"{victim}.log", tmp_path / "runs" / victim
+        process = start([*command, f"run.name={victim}"], log)
+        workers = wait_for_workers(recipe, 4, process)
+        wait_for_step(run_dir, 25, process)
+        os.kill(workers[1] if victim == "worker" else rank_pids(recipe)[1], signal.SIGKILL)
+        assert process.wait(60) == 1
+        wait_until_gone(workers)
+        failed = ledger(run_dir)[-1]
+        assert failed["event"] == "failed"
+        assert cause in failed["error"]
+        run([*command, f"run.name={victim}"], log)
+        assert [event["step"] for event in ledger(run_dir) if event["event"] == "start"] == [0, failed["saved_step"]]
+        assert losses(run_dir) == losses(tmp_path / "runs/straight")
+        assert_same_state(run_dir, tmp_path / "runs/straight")
 
 
 @pytest.mark.slow

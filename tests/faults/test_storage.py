@@ -11,7 +11,7 @@ import pytest
 
 from launcher.run_dir import Ledger
 from parallel.checkpoint import committed_steps
-from runs import injected, kill, run, start, torchrun, wait_for_step
+from runs import injected, kill, metrics, run, start, torchrun, wait_for_step
 from straight import OPTIONS, STEPS
 
 pytestmark = pytest.mark.slow
@@ -100,6 +100,43 @@ def test_a_folder_that_is_read_only_for_a_while(may_mount, straight, recipe, tmp
     assert re.search(r"could NOT be saved, .*Read-only file system", text)
     assert "ledger.jsonl cannot be written ([Errno 30] Read-only file system" in text
     assert_told_and_retried(run_dir)
+    straight.assert_equal(run_dir)
+
+
+SLOW_FSYNC = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+int fsync(int fd) {
+    char link[64], path[4096] = "";
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    if (readlink(link, path, sizeof path - 1) > 0 && strstr(path, ".safetensors")) sleep(30);
+    return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
+}
+"""
+
+
+@pytest.mark.fault(20)
+def test_storage_that_takes_30_s_for_a_sync(straight, recipe, tmp_path):
+    """Three times the limit of a phase. The steps go on meanwhile, the end waits, nobody takes it for a hang."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    (tmp_path / "slow.c").write_text(SLOW_FSYNC)
+    library, log, run_dir = tmp_path / "slow.so", tmp_path / "log", tmp_path / "runs/test"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "slow.c", "-ldl"], check=True)
+    options = (*OPTIONS, "checkpoint.every=30", "parallel.timeout_s=10")
+    text = run(torchrun(2, "--config", recipe, *options), log, LD_PRELOAD=str(library))
+    saves = [event["time"] for event in Ledger(run_dir).events() if event["event"] == "checkpoint"]
+    assert len(saves) == 2
+    assert saves[1] - saves[0] > 29  # the last one was slow, too
+    assert "failed first" not in text
+    assert "the job hangs" not in text
+    assert text.index(f"step {STEPS}/{STEPS}") < text.index("step 30  saved")
+    assert "finished: 60 steps" in text
+    assert max(line["speed/step_time_s"] for line in metrics(run_dir) if "speed/step_time_s" in line) < 5
     straight.assert_equal(run_dir)
 
 

@@ -412,10 +412,11 @@ def conclude(
 ) -> None:
     """Rank 0 says how it ended and what to do next."""
     if not finished:
-        ledger.add("stopped", step=progress.step, signal=signal_name(stopped_by) if stopped_by else None)
+        cause = signal_name(stopped_by) if stopped_by else "train.stop_at"
+        ledger.add("stopped", step=progress.step, signal=cause if cause.startswith("SIG") else None, cause=cause)
         log.info(
             "stopped by %s at step %d of %d, saved; %s goes on from there",
-            signal_name(stopped_by) if stopped_by else "train.stop_at",
+            cause,
             progress.step,
             cfg.train.steps,
             "the same command" if stopped_by else "the same command with a later train.stop_at, or without,",
@@ -545,18 +546,25 @@ def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None) -> int
     try:
         agree_on_start(mesh, cfg, left_out)
         watch = Watchdog(mesh, cfg.parallel.timeout_s, stop, tell)
-        engine = build_engine(cfg, mesh)
-        mesh.set_timeout(cfg.parallel.timeout_s + max(ALLOWANCE_S.values()) + WATCHED_S)
-        while True:
-            try:
-                code = train(cfg, data, engine, ledger, stop, lease, watch)
+        try:
+            engine = build_engine(cfg, mesh)
+            mesh.set_timeout(cfg.parallel.timeout_s + max(ALLOWANCE_S.values()) + WATCHED_S)
+            while True:
+                try:
+                    code = train(cfg, data, engine, ledger, stop, lease, watch)
+                    watch.close()
+                    mesh.barrier()  # the store may end with rank 0's process
+                    return code
+                except Rewind as back:  # as if it had been stopped there and started again
+                    log.warning("%s; going back to the newest checkpoint", back)
+                    left_out.append(back.samples)
+                    data = open_again(cfg, mesh.dp_size, left_out)
+        except Exception as error:
+            if isinstance(error, ALIKE):
                 watch.close()
-                mesh.barrier()  # the store may end with rank 0's process
-                return code
-            except Rewind as back:  # as if it had been stopped there and started again
-                log.warning("%s; going back to the newest checkpoint", back)
-                left_out.append(back.samples)
-                data = open_again(cfg, mesh.dp_size, left_out)
+            elif watch.starting:  # train tells of the rest
+                tell(watch.failed(error))
+            raise
     except (CheckpointError, FloatingPointError, ReplicaError, DataError, LeaseLost) as error:
         log.error("%s", error)
         return 1

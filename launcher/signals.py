@@ -4,6 +4,7 @@ import signal
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LAUNCHER_ENDED = 1000  # no signal: the launcher has ended; above all of them, so that ranks that agree agree on it
 
 
 class StopFlag:
@@ -23,4 +24,5 @@ class StopFlag:
 
 
 def signal_name(number: int) -> str:
-    return signal.Signals(number).name
+    """What stopped a run, as people and the ledger read it."""
+    return "the end of its launcher" if number == LAUNCHER_ENDED else signal.Signals(number).name

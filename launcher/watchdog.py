@@ -5,7 +5,8 @@ The ranks tell each other where they are over the store at which they met (paral
 a rank that waits in a collective still answers here. Four things end a job:
 
     a rank fails                       its record is seen by all others within a beat; they leave GRACE_S later
-    a rank's process ends by itself    SIGKILL, out of memory: seen by the ranks on the same machine, who record it
+    a rank's process ends by itself    SIGKILL, out of memory: seen by the ranks on the same machine, who record it; by
+                                       those on other machines, whose connections break, when its heartbeat stops
     a phase lasts longer than allowed  the late rank is named: one that does not answer, else the one that is behind
     the launcher ends                  as SIGTERM: saved at the next step; after LAUNCHER_GRACE_S without it
 """
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 from launcher.launchers import STARTED_BY, process_start_of
 from launcher.lease import this_process
 from launcher.redaction import hide
-from launcher.signals import StopFlag
+from launcher.signals import LAUNCHER_ENDED, StopFlag
 from parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ GRACE_S = 5.0  # for the main thread to end in its own way, once the job has fai
 LAUNCHER_GRACE_S = 30.0  # for the save at the next step, once the launcher is gone
 LATE_SHARE = 0.25  # of the limit: from then on a warning names who is behind
 ALLOWANCE_S = {"start-up": 1800.0, "save": 3600.0}  # that these phases may last beyond the limit
+SILENT_BEATS = 3  # without a heartbeat: the rank does not answer
 LOST_STORE = 5  # beats in a row that the store may refuse to answer
 ANSWER_S = 3.0  # for an answer of the store; a machine that is stopped gives none
 _FAILURE = "watchdog/failure"
@@ -63,17 +65,19 @@ class Watchdog:
         self._mesh, self._limit_s, self._stop, self._tell = mesh, limit_s, stop, tell
         self._store, self._asking = mesh.open_store(), ThreadPoolExecutor(1, thread_name_prefix="watchdog-store")
         self._asked: Future | None = None
+        self._one_at_a_time = threading.Lock()  # this thread and the main thread ask
         here = this_process()
         me = _Peer(mesh.rank, here.host, here.machine, here.pid, here.process_start)
         self._peers = [_Peer(*fields) for fields in mesh.gather(tuple(me))]
         self._neighbours = [
             peer for peer in self._peers if (peer.host, peer.machine) == me[1:3] and peer.rank != mesh.rank
         ]
-        self._oom_kills = _oom_kills()
+        self._oom_kills = {peer.pid: OomKills(peer.pid) for peer in self._neighbours}
         self._phase, self._step, self._samples, self._entered = "start-up", 0, "", 0
         self._beat, self._lasted_s, self._warned, self._failed_beats = 0, 0.0, False, 0
         self._seen, self._looked = 0, time.monotonic()
         self._launcher_ended: float | None = None
+        self._cause: str | None = None  # as this rank knows it: the store may be gone
         self._told: str | None = None
         self._ended = threading.Event()
         self._publish()
@@ -94,15 +98,23 @@ class Watchdog:
     def failed(self, error: BaseException) -> str:
         """Call with what ends this rank; returns the cause: of the rank that failed first, which may be another.
 
-        A broken connection is an effect: whose end it was is waited for, two beats at most.
+        A broken connection is an effect: whose end it was is waited for, some beats at most.
         """
+        what = f"{type(error).__name__}: {error}"
         if isinstance(error, RuntimeError):
-            until = time.monotonic() + 2 * BEAT_S
+            before, until = self._states(), time.monotonic() + SILENT_BEATS * BEAT_S
             while self._failure() is None and time.monotonic() < until:
                 self._look_for_dead()
                 time.sleep(BEAT_S / 10)
-        self._record(f"{self._name(self._mesh.rank)} failed first, in {self._where()}: {type(error).__name__}: {error}")
-        return self._failure() or f"{type(error).__name__}: {error}"
+            if self._failure() is None:
+                self._blame_silent(before, what)
+        self._record(f"{self._name(self._mesh.rank)} failed first, in {self._where()}: {what}")
+        return self._failure() or what
+
+    @property
+    def starting(self) -> bool:
+        """Whether no step has begun."""
+        return self._phase == "start-up"
 
     def close(self) -> None:
         """Stop watching; peers that see this process end know then that it was meant to."""
@@ -128,13 +140,13 @@ class Watchdog:
         if self._launcher_ended is None and any(launcher.ended() for launcher in STARTED_BY):
             self._launcher_ended = now
             log.warning("the launcher of this rank has ended; stopping as on SIGTERM, saved at the next step")
-            self._stop.request(signal.SIGTERM)
+            self._stop.request(LAUNCHER_ENDED)
         self._publish()
         self._look_for_dead()
-        if self._failed_beats > LOST_STORE and self._launcher_ended is None:
-            self._end("rank 0, or the launcher that keeps the ranks' meeting place, does not answer any more")
         if (cause := self._failure()) is not None:
             self._leave_with_the_others(cause)
+        if self._failed_beats > LOST_STORE and self._launcher_ended is None:
+            self._end(self._no_store())
         if self._launcher_ended is not None and now - self._launcher_ended > LAUNCHER_GRACE_S and self._phase != "save":
             self._end(f"its launcher ended, and {LAUNCHER_GRACE_S:.0f} s later it still was in {self._where()}")
         if self._lasted_s > self._limit_s + ALLOWANCE_S.get(self._phase, 0.0):
@@ -158,18 +170,19 @@ class Watchdog:
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         """The store's answer; None where it gives none."""
-        if self._asked is not None and not self._asked.done():
-            return None
-        try:
-            self._asked = self._asking.submit(question)
-            answer = self._asked.result(ANSWER_S)
-        except TimeoutError:  # it may be stopped for a while; the limit of the phase decides
-            return None
-        except Exception:  # of whatever kind the store's backend raises
-            self._failed_beats += 1
-            return None
-        self._failed_beats = 0
-        return answer
+        with self._one_at_a_time:
+            if self._asked is not None and not self._asked.done():
+                return None
+            try:
+                self._asked = self._asking.submit(question)
+                answer = self._asked.result(ANSWER_S)
+            except TimeoutError:  # it may be stopped for a while; the limit of the phase decides
+                return None
+            except Exception:  # of whatever kind the store's backend raises
+                self._failed_beats += 1
+                return None
+            self._failed_beats = 0
+            return answer
 
     def _states(self) -> list[dict[str, Any]]:
         keys = [f"watchdog/{rank}" for rank in range(self._mesh.world_size)]
@@ -177,16 +190,19 @@ class Watchdog:
         return answers or []
 
     def _failure(self) -> str | None:
-        if not self._ask(lambda: self._store.check([_FAILURE])):
-            return None
-        answer = self._ask(lambda: self._store.get(_FAILURE))
-        return answer.decode(errors="replace") if answer is not None else None
+        """Why the job fails: what the first rank wrote down, or, where the store does not answer, what this one knows."""
+        if self._ask(lambda: self._store.check([_FAILURE])):
+            answer = self._ask(lambda: self._store.get(_FAILURE))
+            if answer is not None:
+                self._cause = answer.decode(errors="replace")
+        return self._cause
 
     def _record(self, cause: str) -> None:
         """Write down why the job fails, if nothing is there yet; the writer says so aloud."""
         cause = hide(cause)[:2000]
-        mine = self._ask(lambda: self._store.compare_set(_FAILURE, "", cause))
-        if mine is not None and mine.decode(errors="replace") == cause and self._told is None:
+        answer = self._ask(lambda: self._store.compare_set(_FAILURE, "", cause))
+        self._cause = answer.decode(errors="replace") if answer is not None else self._cause or cause
+        if self._cause == cause and self._told is None:
             self._told = cause
             log.error("%s", cause)
 
@@ -194,13 +210,32 @@ class Watchdog:
         for peer in self._neighbours:
             if process_start_of(peer.pid) != peer.start:
                 why = "its process was ended from outside, without a word (SIGKILL?)"
-                if _oom_kills() > self._oom_kills:
-                    why = "its process was killed, out of memory: the control group counts an OOM kill"
+                if self._oom_kills[peer.pid].rose():
+                    why = "its process was killed, out of memory: the kernel counts an OOM kill in its control group"
                 states = self._states()
                 if states and states[peer.rank]["ended"]:
                     continue
-                where = states[peer.rank]["where"] if states else "nowhere"
-                self._record(f"{self._name(peer.rank)} failed first, last seen in {where}: {why}")
+                seen = (
+                    f"last seen in {states[peer.rank]['where']}" if states else f"while others were in {self._where()}"
+                )
+                self._record(f"{self._name(peer.rank)} failed first, {seen}: {why}")
+
+    def _blame_silent(self, before: list[dict[str, Any]], what: str) -> None:
+        """A connection broke, `what`, and no neighbour has ended: record the rank whose heartbeat has stopped since."""
+        now = self._states()
+        if not before or not now:
+            if self._failed_beats:
+                self._record(f"{self._no_store()}; {self._name(self._mesh.rank)} met {what}")
+            return
+        for rank in _silent(before, now):
+            if not now[rank]["ended"]:
+                self._record(
+                    f"{self._name(rank)} failed first, last seen in {now[rank]['where']}: it does not answer any more; "
+                    f"{self._name(self._mesh.rank)} met {what}"
+                )
+
+    def _no_store(self) -> str:
+        return f"{self._name(0)}, or the launcher that keeps the ranks' meeting place, does not answer any more"
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self._peers[rank].host}"
@@ -208,14 +243,14 @@ class Watchdog:
     def _late(self) -> tuple[list[int], list[int], list[dict[str, Any]]]:
         """(ranks that do not answer, ranks that are behind, all states); none are late where all are alike. Takes beats."""
         before = self._states()
-        for _ in range(3):
+        for _ in range(SILENT_BEATS):
             if self._ended.wait(BEAT_S):
                 return [], [], []
             self._publish()
         now = self._states()
         if not before or not now:
             return [], [], []
-        silent = [rank for rank, state in enumerate(now) if state["beat"] == before[rank]["beat"]]
+        silent = _silent(before, now)
         progress = [state["entered"] for state in now]
         behind = [rank for rank, entered in enumerate(progress) if entered < max(progress)]
         return silent, behind, now
@@ -308,20 +343,36 @@ def _dump_stacks() -> None:
                 faulthandler.dump_traceback(handler.stream, all_threads=True)
 
 
-def _oom_kills() -> int:
-    """Processes of this control group that the kernel has killed for want of memory; 0 where that is not told."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
+def _silent(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[int]:
+    return [rank for rank, state in enumerate(now) if state["beat"] == before[rank]["beat"]]
+
+
+class OomKills:
+    """How often the kernel has killed in the control group of a process for want of memory, as it tells."""
+
+    def __init__(self, pid: int, proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> None:
+        """groups: where the control groups are mounted."""
+        self._files: list[Path] = []
+        with contextlib.suppress(OSError):
+            for line in (proc / str(pid) / "cgroup").read_text().splitlines():
+                _, controllers, path = line.split(":", 2)
+                if controllers == "":  # version 2
+                    top, name = groups, "memory.events"
+                elif "memory" in controllers.split(","):
+                    top, name = groups / "memory", "memory.oom_control"
+                else:
+                    continue
+                # in a container the path may be the one seen from outside, and the container's own group the top
+                self._files += [top / path.strip("/") / name, top / name]
+        self._before = self._count()
+
+    def _count(self) -> int:
+        for file in self._files:
+            with contextlib.suppress(OSError, ValueError):
+                rows = file.read_text().splitlines()
+                return next((int(row.split()[1]) for row in rows if row.startswith("oom_kill ")), 0)
         return 0
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        file = {"": "/sys/fs/cgroup{}/memory.events", "memory": "/sys/fs/cgroup/memory{}/memory.oom_control"}.get(
-            controllers
-        )
-        if file is None:
-            continue
-        with contextlib.suppress(OSError, ValueError):
-            text = Path(file.format(path.rstrip("/"))).read_text()
-            return next((int(row.split()[1]) for row in text.splitlines() if row.startswith("oom_kill ")), 0)
-    return 0
+
+    def rose(self) -> bool:
+        """Whether there were more since this was made."""
+        return self._count() > self._before

@@ -104,13 +104,22 @@ def another_collective(engine: Any) -> None:
     torch.distributed.all_gather([torch.zeros(3), torch.zeros(3)], torch.zeros(3), group=engine.mesh.control)
 
 
+def take_all_memory(_: Any) -> None:
+    """Written to, so that it is there; more than the control group of the test has."""
+    taken = [b"x" * 2**26 for _ in range(64)]
+    raise AssertionError(f"{len(taken) / 16:g} GiB, and the kernel did not mind")
+
+
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], None]]] = {
     "die-at-start": (pretrain, "build_mesh", die),
+    "die-in-engine": (pretrain, "build_engine", die),
+    "die-in-agreement": (pretrain, "agree_on_start", die),
     "die-in-forward": (Engine, "forward", die),
     "die-in-backward": (Engine, "backward", die),
     "die-in-reduce": (Mesh, "sum_on_device", die),
     "die-in-update": (torch.optim.AdamW, "step", die),
     "raise-in-forward": (Engine, "forward", lambda _: 1 / 0),  # type: ignore[dict-item]
+    "out-of-memory": (Engine, "forward", take_all_memory),
     "late": (Engine, "forward", lambda _: time.sleep(12)),
     "desync": (Engine, "forward", another_collective),
     "nan-weight": (Engine, "forward", nan_in_a_weight),

@@ -17,7 +17,7 @@ NOT_YET = "not built yet"
 SLURM = "wants a SLURM of its own, which these tests do not start"
 
 ROWS = {
-    1: Row("a rank is killed before the ranks have met"),
+    1: Row("a rank is killed before the first step"),
     2: Row("a rank is killed in forward, backward, reduction, update"),
     3: Row("a worker that reads data is killed"),
     4: Row("a rank is killed at any file operation of a save"),
@@ -70,7 +70,7 @@ ROWS = {
     51: Row("files that would run code when they are loaded"),
     52: Row("a model or tokenizer that brings code"),
     53: Row("secrets in environment, URLs and config"),
-    54: Row("a rank that runs out of memory", NOT_YET),
+    54: Row("a rank that runs out of memory"),
     55: Row("low limits of files and processes"),
     56: Row("a tracker that is down or raises"),
     57: Row("an evaluation or export that fails"),

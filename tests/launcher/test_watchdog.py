@@ -3,17 +3,22 @@
 import os
 import re
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from launcher import audit
 from launcher.run_dir import Ledger
 from launcher.signals import StopFlag
-from launcher.watchdog import Watchdog, _oom_kills
+from launcher.watchdog import OomKills, Watchdog
 from runs import (
+    PRETRAIN,
+    SCRIPTS,
     assert_same_state,
     deepspeed,
+    free_port,
     injected,
     losses,
     rank_pids,
@@ -105,32 +110,51 @@ def test_a_rank_that_is_stopped_for_less_than_the_limit_changes_nothing(undistur
 
 @pytest.mark.slow
 @pytest.mark.fault(1)
-@pytest.mark.parametrize(("launch", "rank"), [(torchrun, 1), (deepspeed, 0)], ids=["torchrun", "deepspeed"])
-def test_a_rank_that_is_killed_before_the_ranks_have_met_ends_the_start(launch, rank, corpus, tmp_path):
+@pytest.mark.parametrize(
+    ("launch", "rank"),
+    [(torchrun, 1), (torchrun, 0), (deepspeed, 0), (deepspeed, 1)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+@pytest.mark.parametrize("where", ["at-start", "in-agreement", "in-engine"])
+def test_a_rank_that_is_killed_before_the_first_step_ends_the_start(where, launch, rank, corpus, tmp_path):
+    """Before they have met, their launcher alone can tell; gloo while they compare their code; then their watchdogs."""
     recipe, log = write_recipe(tmp_path, corpus), tmp_path / "log"
-    process = start(injected("die-at-start", rank, 0, recipe, "parallel.timeout_s=20", launch=launch), log)
-    ends(process, recipe, log)
+    process = start(injected(f"die-{where}", rank, 0, recipe, "parallel.timeout_s=1800", launch=launch), log)
+    text = ends(process, recipe, log)
     assert process.returncode != 0
-    assert not Ledger(tmp_path / "runs/test").events()
+    events = Ledger(tmp_path / "runs/test").events()
+    if where != "in-engine":
+        others = r"Signal 9 \(SIGKILL\)|exits with return code = -9|Connection (closed|reset) by peer"
+        assert re.search(others, text), text[-3000:]
+        assert not events
+    else:
+        cause = rf"rank {rank} on \S+ failed first, .*start-up of step 0: its process was ended from outside"
+        assert re.search(cause, text), text[-3000:]
+        assert [bool(re.match(cause, event["error"])) for event in events] == [True] * rank  # written by rank 0
     run(launch(2, "--config", recipe, "train.steps=4"), tmp_path / "again")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("where", "launch"),
-    [("forward", deepspeed), *((where, torchrun) for where in ("forward", "backward", "reduce", "update"))],
+    ("where", "rank", "launch"),
+    [
+        ("forward", 0, deepspeed),  # with which the ranks' meeting place ends
+        ("forward", 1, deepspeed),
+        *((where, 1, torchrun) for where in ("forward", "backward", "reduce", "update")),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 @pytest.mark.fault(2)
-def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_checkpoint(where, launch, undisturbed, corpus, tmp_path):
+def test_a_killed_rank_is_named_and_the_run_goes_on_exactly(where, rank, launch, undisturbed, corpus, tmp_path):
     """SIGKILL within step 13, of which 10 are saved; then the same command without the fault."""
     recipe, run_dir, log = write_recipe(tmp_path, corpus), tmp_path / "runs/test", tmp_path / "log"
-    process = start(injected(f"die-in-{where}", 1, 13, recipe, launch=launch), log)
+    process = start(injected(f"die-in-{where}", rank, 13, recipe, launch=launch), log)
     text = ends(process, recipe, log)
     assert process.returncode != 0
-    assert re.search(r"rank 1 on \S+ failed first, last seen in .*: its process was ended from outside", text), text[
-        -3000:
-    ]
+    assert re.search(rf"rank {rank} on \S+ failed first, \D* of step 13.*: its process was ended from outside", text), (
+        text[-3000:]
+    )
+    assert not re.search(rf"rank {1 - rank} on \S+ failed first", text)
     run(torchrun(2, "--config", recipe), tmp_path / "again")
     assert losses(run_dir) == losses(undisturbed)
     assert_same_state(run_dir, undisturbed)
@@ -146,6 +170,79 @@ def test_an_error_on_one_rank_is_the_cause_that_all_tell(corpus, tmp_path):
     assert "failed first, in forward of step 7, samples 48 to 55: ZeroDivisionError: division by zero" in text
     failed = [event for event in Ledger(tmp_path / "runs/test").events() if event["event"] == "failed"]
     assert re.match(r"rank 1 on \S+ failed first, in forward of step 7", failed[0]["error"])
+
+
+@pytest.fixture
+def memory_group():
+    """A control group of 2 GiB within this process's; skips where none can be made."""
+    limits = {"": ("/sys/fs/cgroup", "memory.max"), "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")}
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    *_, (controllers, path) = sorted((controllers, path) for _, controllers, path in lines if controllers in limits)
+    top, limit = limits[controllers]
+    group = Path(top, path.strip("/"), f"longhaul-test-{os.getpid()}")
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"needs the right to make a control group: {error}")
+    try:
+        try:
+            (group / limit).write_text(str(2**31))
+        except OSError as error:
+            pytest.skip(f"needs a control group that limits memory: {error}")
+        yield group
+    finally:
+        for pid in (group / "cgroup.procs").read_text().split():  # of a job that did not end
+            os.kill(int(pid), signal.SIGKILL)
+        time.sleep(0.5)
+        group.rmdir()
+
+
+@pytest.mark.slow
+@pytest.mark.fault(54)
+@pytest.mark.parametrize("launch", [torchrun, deepspeed], ids=["torchrun", "deepspeed"])
+def test_a_rank_that_is_killed_for_want_of_memory_is_named(launch, memory_group, undisturbed, corpus, tmp_path):
+    """The job in a control group, as SLURM puts it into one; the kernel ends the rank that takes most."""
+    recipe, run_dir, log = write_recipe(tmp_path, corpus), tmp_path / "runs/test", tmp_path / "log"
+    command = injected("out-of-memory", 1, 13, recipe, launch=launch)
+    process = start(["sh", "-c", f'echo $$ > {memory_group}/cgroup.procs && exec "$@"', "sh", *command], log)
+    text = ends(process, recipe, log)
+    assert process.returncode != 0
+    cause = r"rank 1 on \S+ failed first, last seen in \w+ of step 13.*: its process was killed, out of memory"
+    assert re.search(cause, text), text[-3000:]
+    failed = [event for event in Ledger(run_dir).events() if event["event"] == "failed"]
+    assert [bool(re.match(cause, event["error"])) for event in failed] == [True]
+    run(torchrun(2, "--config", recipe), tmp_path / "again")
+    assert_same_state(run_dir, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_on_another_host_is_named_though_nobody_there_saw_it(victim, corpus, tmp_path):
+    """Each rank has a host name of its own, so that none is the neighbour of another. Rank 0 keeps the meeting place."""
+    recipe, run_dir, port = write_recipe(tmp_path, corpus), tmp_path / "runs/test", free_port()
+    probe = subprocess.run(["unshare", "--uts", "hostname", "node0"], capture_output=True)
+    if probe.returncode:
+        pytest.skip(f"needs the right to name hosts: {probe.stderr.decode().strip()}")
+    python = [str(SCRIPTS / "python"), PRETRAIN, "--config", str(recipe), "train.steps=100000"]
+    tasks = [
+        start(
+            ["unshare", "--uts", "sh", "-c", f'hostname node{rank} && exec "$@"', "sh", *python], tmp_path / f"log{rank}",
+            RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    wait_for_step(run_dir, 6, tasks[0])
+    tasks[victim].kill()
+    text = ends(tasks[1 - victim], recipe, tmp_path / f"log{1 - victim}")
+    assert tasks[1 - victim].returncode == 1
+    expected = {
+        0: r"rank 0 on node0, or the launcher that keeps the ranks' meeting place, does not answer any more",
+        1: r"rank 1 on node1 failed first, last seen in \w+ of step \d+.*: it does not answer any more; rank 0 on node0 met",
+    }
+    assert re.search(expected[victim], text), text[-3000:]
+    if victim == 1:
+        assert re.match(expected[1], Ledger(run_dir).events()[-1]["error"])
 
 
 @pytest.mark.slow
@@ -172,21 +269,24 @@ def test_ranks_in_different_collectives_end_with_both_call_sites_in_the_logs(cor
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("whom", "number"), [("runner", "KILL"), ("runner", "TERM"), ("launch.py", "KILL"), ("launch.py", "TERM")]
+    ("whom", "number"),
+    [("runner", "KILL"), ("runner", "TERM"), ("launch.py", "KILL"), ("launch.py", "TERM"), ("torchrun", "KILL")],
 )
 @pytest.mark.fault(8)
 def test_ranks_save_and_leave_when_their_launcher_ends(whom, number, corpus, tmp_path):
-    """DeepSpeed alone leaves them running without anybody who knows of them."""
+    """DeepSpeed alone leaves them running without anybody who knows of them; torchrun keeps their meeting place."""
     recipe, run_dir, log = write_recipe(tmp_path, corpus), tmp_path / "runs/test", tmp_path / "log"
     more = ["train.steps=100000", "--allow-change", "train.steps", "optim.schedule=constant"]
-    process = start(deepspeed(2, "--config", recipe, *more), log)
+    process = start((torchrun if whom == "torchrun" else deepspeed)(2, "--config", recipe, *more), log)
     wait_for_step(run_dir, 4, process)
     ranks = rank_pids(recipe)
-    launch = next(pid for pid in pids_of(recipe) if pid not in ranks and pid != process.pid)
-    os.kill(process.pid if whom == "runner" else launch, getattr(signal, f"SIG{number}"))
+    others = [pid for pid in pids_of(recipe) if pid not in ranks and pid != process.pid]
+    os.kill(others[0] if whom == "launch.py" else process.pid, getattr(signal, f"SIG{number}"))
     ends(process, recipe, log)
     stopped = [event for event in Ledger(run_dir).events() if event["event"] == "stopped"]
-    assert [event["signal"] for event in stopped] == ["SIGTERM"]
+    assert len(stopped) == 1
+    if number == "KILL":
+        assert (stopped[0]["signal"], stopped[0]["cause"]) == (None, "the end of its launcher")
     assert (run_dir / f"checkpoints/step-{stopped[0]['step']:08d}/manifest.json").exists()
 
 
@@ -243,5 +343,26 @@ def test_the_first_failure_stays_the_cause(monkeypatch):
     watch.close()
 
 
-def test_oom_kills_are_counted_where_the_kernel_tells():
-    assert _oom_kills() >= 0
+@pytest.mark.parametrize(
+    ("line", "file"),
+    [
+        ("0::/job/task_1", "job/task_1/memory.events"),
+        ("0::/", "memory.events"),  # in a container
+        ("0::/../elsewhere", "memory.events"),
+        ("4:memory:/job", "memory/job/memory.oom_control"),
+        ("4:cpu,memory:/seen/from/outside", "memory/memory.oom_control"),
+    ],
+)
+def test_oom_kills_are_counted_where_the_kernel_tells(line, file, tmp_path):
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7/cgroup").write_text(f"9:cpuset:/\n{line}\n")
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("low 0\noom 5\noom_kill 3\noom_group_kill 0\n")
+    kills = OomKills(7, tmp_path, tmp_path)
+    assert not kills.rose()
+    (tmp_path / file).write_text("low 0\noom 6\noom_kill 4\noom_group_kill 0\n")
+    assert kills.rose()
+
+
+def test_without_a_count_nobody_was_out_of_memory(tmp_path):
+    assert not OomKills(7, tmp_path, tmp_path).rose()

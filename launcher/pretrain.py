@@ -110,13 +110,7 @@ def train(
     mesh = engine.mesh
     watch.enter("start-up", 0)
     start = configure_logging(cfg, mesh, ledger)
-    try:
-        progress, cursor = resume(cfg, engine)
-    except CheckpointError as error:
-        watch.close()
-        if mesh.rank == 0:
-            ledger.add("failed", error=hide(f"{type(error).__name__}: {error}")[:1000])
-        raise
+    progress, cursor = resume(cfg, engine)
     loader = data.loader(cfg, mesh, cursor)
     reads = ReadLog(cfg.run_dir, start, mesh.dp_rank)
     metrics = MetricsLog(cfg.run_dir, progress.step) if mesh.rank == 0 else None
@@ -560,10 +554,11 @@ def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None) -> int
                     left_out.append(back.samples)
                     data = open_again(cfg, mesh.dp_size, left_out)
         except Exception as error:
-            if isinstance(error, ALIKE):
+            alike = isinstance(error, ALIKE)
+            if watch.starting:  # train tells of the rest
+                tell(hide(f"{type(error).__name__}: {error}")[:1000] if alike else watch.failed(error))
+            if alike:
                 watch.close()
-            elif watch.starting:  # train tells of the rest
-                tell(watch.failed(error))
             raise
     except (CheckpointError, FloatingPointError, ReplicaError, DataError, LeaseLost) as error:
         log.error("%s", error)

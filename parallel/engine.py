@@ -15,8 +15,10 @@ from typing import Any
 
 import deepspeed
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from parallel.checkpoint import CheckpointError
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
 from parallel.optim import OptimConfig, build_adamw, gate
@@ -124,10 +126,18 @@ class Engine:
 
     @torch.no_grad()
     def load_state(self, source: StateSource, adam_steps: int, loss_scaler: dict | None = None) -> None:
-        """Set this rank's weights and moments from `source`, whatever topology that came from."""
-        for f in self.fragments():
-            values = source.read(f.name, f.kind, f.start, f.start + f.tensor.numel())
-            f.tensor.copy_(values)
+        """Set this rank's weights and moments from `source`, whatever topology that came from.
+
+        Raises CheckpointError on all ranks where one of them could not read its part; the state is of no use then.
+        """
+        wrong = ""
+        try:
+            for f in self.fragments():
+                f.tensor.copy_(source.read(f.name, f.kind, f.start, f.start + f.tensor.numel()))
+        except (CheckpointError, OSError, SafetensorError) as error:
+            wrong = f"rank {self.mesh.rank}: {error}"
+        if told := next(filter(None, self.mesh.gather(wrong)), None):
+            raise CheckpointError(told)
         for state in self._base_optimizer().state.values():
             state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), float(adam_steps))
         self._refresh_model()

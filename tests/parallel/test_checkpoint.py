@@ -415,3 +415,30 @@ def test_nothing_in_a_checkpoint_is_pickled(checkpoints):
     for path in checkpoints.rglob("*"):
         if path.is_file():
             assert path.suffix in (".safetensors", ".json") or path.name == "latest", path
+
+
+class BrokenOnRank1:
+    """A checkpoint that one machine cannot read to its end."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def read(self, name, kind, start, stop):
+        if self.rank == 1 and kind == "exp_avg_sq":
+            raise STALE
+        return torch.zeros(stop - start)
+
+
+def load_broken(mesh):
+    engine = build(mesh, ParallelConfig(zero_stage=3, precision="fp32"))
+    try:
+        engine.load_state(BrokenOnRank1(mesh.rank), 0)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        engine.close()
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_read_its_part_leaves_no_other_waiting():
+    assert run_ranks(2, load_broken) == ["rank 1: [Errno 116] Stale file handle"] * 2

@@ -546,8 +546,8 @@ def _entry(cfg: DataConfig, source: Source | Pairs, records: Sequence[UnitRecord
 def _no_document(cfg: DataConfig, of_what: str, split: Split) -> str:
     return (
         f"no document {of_what} fell into the {split} split with data.valid_fraction={cfg.valid_fraction} and "
-        f"data.seed={cfg.seed}: too few documents for it. Use more documents or a data.valid_fraction nearer to 0.5 "
-        f"(0 for no held-out split), and delete {cfg.corpus}"
+        f"data.seed={cfg.seed}: too few documents for it. Use more documents (a text file is one), another data.seed, or a "
+        f"data.valid_fraction nearer to 0.5 (0 for no held-out split), and delete {cfg.corpus}"
     )
 
 

@@ -69,4 +69,5 @@ def _cells(entry: SplitEntry) -> tuple[str, ...]:
 
 def _left_out(name: str, source: SourceEntry, width: int) -> str:
     what = ", ".join(f"{count:,} {reason}" for reason, count in sorted(source.left_out.items()))
-    return f"{name.ljust(width)}  left out: {what or 'none'}; unknown tokens: {source.unknown_tokens:,}"
+    beyond = f"{source.unknown_tokens:,} tokens for what the vocabulary lacks"  # single bytes, with a byte fallback
+    return f"{name.ljust(width)}  left out: {what or 'none'}; {beyond}"

@@ -92,7 +92,7 @@ with; nothing else is put before a text.
 
 ## Data
 
-{_tokens(report)} of {len(cfg.data.sources) if cfg.data.stream is None else 1} sources:
+{_tokens(report)}, of:
 
 {_sources(checkpoint)}
 

@@ -2,6 +2,7 @@
 of Hugging Face's.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,9 @@ def open_checkpoint(run_dir: Path, step: int | None, fall_back: bool = False) ->
     Raises CheckpointError where there is none or it is damaged, ConfigError where its config cannot be used.
     """
     folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        near = sorted(str(path.parent) for path in run_dir.parent.glob("*/checkpoints"))
+        raise CheckpointError(f"{run_dir} is no folder of a run; beside it: {', '.join(near) or 'none'}")
     steps = committed_steps(folder)
     if not steps or (step is not None and step not in steps):
         have = ", ".join(map(str, steps)) or "none"
@@ -94,7 +98,9 @@ def load_trained(place: Path, step: int | None, dtype: torch.dtype | None = None
     Raises CheckpointError, ConfigError, DataError or ValueError where it cannot be read.
     """
     if (place / "checkpoints").is_dir() or not is_hf_folder(place):
-        checkpoint = open_checkpoint(place, step)
+        checkpoint = open_checkpoint(place, step, fall_back=True)
+        for line in checkpoint.passed_over:
+            print(f"{line}; taking step {checkpoint.step}", file=sys.stderr)
         dtype = dtype or DTYPES[checkpoint.cfg.parallel.precision]
         return Trained(_placed(checkpoint.model(dtype=dtype)), checkpoint.tokenizer(), checkpoint)
     if step is not None:

@@ -360,7 +360,7 @@ def test_sizes(text, size):
 
 def test_steps_that_are_not_there(runs_of, tmp_path, capsys):
     assert "has no checkpoint of step 7; it has: 1, 2" in refused(capsys, runs_of("llama"), tmp_path / "a", "--step", 7)
-    assert "has no checkpoint; it has: none" in refused(capsys, tmp_path / "nothing", tmp_path / "b")
+    assert "nothing is no folder of a run; beside it: none" in refused(capsys, tmp_path / "nothing", tmp_path / "b")
 
 
 def test_a_damaged_checkpoint_is_named_and_another_taken_only_where_none_was_asked(llama, tmp_path, capsys):

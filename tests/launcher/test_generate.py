@@ -1,6 +1,7 @@
 """Text from a sharded checkpoint without its engine; a run whose numbers break."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -77,17 +78,18 @@ def test_bad_requests_are_refused(run_dir, capsys, arguments, message):
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):
     assert generate.main([str(tmp_path), "--prompt", "x"]) == 2
-    assert "has no checkpoint; it has: none" in capsys.readouterr().err
+    assert f"{tmp_path} is no folder of a run; beside it: " in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_refused(run_dir, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_another_taken_only_where_none_was_asked(run_dir, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run_dir, copy)
     file = copy / "checkpoints/step-00000006/rank-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    assert generate.main([str(copy), "--prompt", "x"]) == 2
-    assert "is damaged: " in (text := capsys.readouterr().err)
-    assert "choose another with --step" in text
+    assert generate.main([str(copy), "--prompt", "x"]) == 0
+    assert re.search("step-00000006 is damaged: .*; taking step 3", capsys.readouterr().err)
+    assert generate.main([str(copy), "--prompt", "x", "--step", "6"]) == 2
+    assert re.search("is damaged: .*; choose another with --step", capsys.readouterr().err)
 
 
 def test_sampling_draws_from_the_right_tokens():

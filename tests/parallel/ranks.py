@@ -132,7 +132,7 @@ def manifest_of(engine: Engine, step: int, **more: Any) -> Manifest:
 def save(folder: Path, engine: Engine, step: int) -> None:
     """Write a checkpoint and wait for it; none is retired."""
     writer = CheckpointWriter(folder, engine.mesh, CheckpointConfig(keep=0))
-    writer.save(engine, manifest_of(engine, step))
+    writer.save(engine, manifest_of(engine, step, loss_scaler=engine.loss_scaler_state()))
     outcome = writer.wait()
     assert outcome is not None
     assert outcome.error is None, outcome.error

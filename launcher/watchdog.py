@@ -215,9 +215,8 @@ class Watchdog:
                 states = self._states()
                 if states and states[peer.rank]["ended"]:
                     continue
-                seen = (
-                    f"last seen in {states[peer.rank]['where']}" if states else f"while others were in {self._where()}"
-                )
+                seen = f"last seen in {states[peer.rank]['where']}, " if states else ""  # up to a beat before
+                seen += f"while rank {self._mesh.rank} was in {self._where()}"
                 self._record(f"{self._name(peer.rank)} failed first, {seen}: {why}")
 
     def _blame_silent(self, before: list[dict[str, Any]], what: str) -> None:

@@ -151,9 +151,10 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_exactly(where, rank, launch,
     process = start(injected(f"die-in-{where}", rank, 13, recipe, launch=launch), log)
     text = ends(process, recipe, log)
     assert process.returncode != 0
-    assert re.search(rf"rank {rank} on \S+ failed first, \D* of step 13.*: its process was ended from outside", text), (
-        text[-3000:]
-    )
+    assert re.search(
+        rf"rank {rank} on \S+ failed first, .*while rank \d was in \w+ of step 13,.*: its process was ended from outside",
+        text,
+    ), text[-3000:]
     assert not re.search(rf"rank {1 - rank} on \S+ failed first", text)
     run(torchrun(2, "--config", recipe), tmp_path / "again")
     assert losses(run_dir) == losses(undisturbed)
@@ -207,7 +208,9 @@ def test_a_rank_that_is_killed_for_want_of_memory_is_named(launch, memory_group,
     process = start(["sh", "-c", f'echo $$ > {memory_group}/cgroup.procs && exec "$@"', "sh", *command], log)
     text = ends(process, recipe, log)
     assert process.returncode != 0
-    cause = r"rank 1 on \S+ failed first, last seen in \w+ of step 13.*: its process was killed, out of memory"
+    cause = (
+        r"rank 1 on \S+ failed first, .*while rank 0 was in \w+ of step 13,.*: its process was killed, out of memory"
+    )
     assert re.search(cause, text), text[-3000:]
     failed = [event for event in Ledger(run_dir).events() if event["event"] == "failed"]
     assert [bool(re.match(cause, event["error"])) for event in failed] == [True]

@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A job started in the background ignores Ctrl-C and hands that down; the tests that send one need it to arrive.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("parallel", "launcher", "faults")]
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("parallel", "launcher", "faults", "cluster")]
 
 pytest_plugins = ["table"]
 

@@ -20,6 +20,10 @@ class LaunchError(RuntimeError):
     """The environment does not say which rank this is, or names a world that cannot be."""
 
 
+class RendezvousError(RuntimeError):
+    """The ranks did not find each other; another start may, elsewhere."""
+
+
 @dataclass(frozen=True)
 class Place:
     """This process among those of the job, before any of them talks to another."""
@@ -191,9 +195,17 @@ def build_mesh(place: Place, timeout_s: int) -> Mesh:
         accelerator.set_device(index)
     backend, timeout = accelerator.communication_backend_name(), timedelta(seconds=timeout_s)
     if place.rendezvous:
-        dist.init_process_group(
-            backend, init_method=place.rendezvous, rank=place.rank, world_size=place.world_size, timeout=timeout
-        )
+        try:
+            dist.init_process_group(
+                backend, init_method=place.rendezvous, rank=place.rank, world_size=place.world_size, timeout=timeout
+            )
+        except RuntimeError as error:  # of the store or of gloo
+            raise RendezvousError(
+                f"rank {place.rank} of {place.world_size} did not meet the others at {place.rendezvous} "
+                f"(MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}): "
+                f"{str(error).splitlines()[0]}. Is that host reached from here, its port free, and the network interface "
+                "the right one (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)?"
+            ) from error
     else:  # alone: no address to meet at, so no port that could be taken
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     # An all-reduce for inference on CPUs, compiled for a minute at first use; nothing here calls it.

@@ -1,8 +1,19 @@
 """The rank from any launcher's variables."""
 
+import socket
+
 import pytest
 
-from parallel.mesh import LaunchError, check_device, device_index, first_host, place_from_environment
+from parallel.mesh import (
+    LaunchError,
+    Place,
+    RendezvousError,
+    build_mesh,
+    check_device,
+    device_index,
+    first_host,
+    place_from_environment,
+)
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500",
             "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
@@ -104,3 +115,21 @@ def test_a_task_that_slurm_binds_to_one_device_takes_it(monkeypatch):
     assert device_index(place_from_environment(SRUN)) == 0
     with pytest.raises(LaunchError, match="2 ranks on this machine, where each sees 1 x cuda"):
         device_index(place_from_environment(TORCHRUN))
+
+
+def test_a_port_in_use_is_named():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        message = (
+            rf"rank 0 of 2 did not meet the others at tcp://127.0.0.1:{port} .*(in use|EADDRINUSE).* its port free"
+        )
+        with pytest.raises(RendezvousError, match=message):
+            build_mesh(Place(0, 2, 0, 1, f"tcp://127.0.0.1:{port}", "a test"), timeout_s=10)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid:29500"])
+def test_an_address_that_nobody_answers_at_is_named(address):
+    with pytest.raises(RendezvousError, match=f"rank 1 of 2 did not meet the others at tcp://{address} "):
+        build_mesh(Place(1, 2, 0, 1, f"tcp://{address}", "a test"), timeout_s=2)

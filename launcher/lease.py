@@ -74,6 +74,11 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
 
+    @property
+    def key(self) -> str:
+        """In the lease's file and in no other."""
+        return self._holder.key
+
     def held(self) -> None:
         """Look whether this process still holds the folder. Raises LeaseLost, naming who took it."""
         if (lost := self.lost()) is not None:

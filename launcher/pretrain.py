@@ -29,7 +29,7 @@ from data.errors import DataError
 from data.lanes import StreamEnd
 from data.loader import StepBatch
 from launcher import bad_steps
-from launcher.agreement import agree_on_start
+from launcher.agreement import agree_on_folder, agree_on_start
 from launcher.bad_steps import BadStep, Judge, Rewind
 from launcher.config import ConfigError, RunConfig, load_config, to_yaml
 from launcher.evaluation import evaluate, write_samples
@@ -539,6 +539,7 @@ def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None) -> int
 
     try:
         agree_on_start(mesh, cfg, left_out)
+        agree_on_folder(mesh, cfg, lease)
         watch = Watchdog(mesh, cfg.parallel.timeout_s, stop, tell)
         try:
             engine = build_engine(cfg, mesh)

@@ -12,15 +12,15 @@ from launcher.run_dir import Ledger
 from runs import PRETRAIN, ROOT, environment, free_port, write_recipe
 
 
-def two_ranks(recipe, folders=(ROOT, ROOT), more=((), ())):
-    """Rank 0 and 1 as two nodes would start them, each from its own checkout; (exit code, output) of each."""
+def two_ranks(recipe, folders=(ROOT, ROOT), more=((), ()), program=(PRETRAIN,)):
+    """Rank 0 and 1 as two nodes would start them, each in its own folder; (output, exit code) of each."""
     port = str(free_port())
     ranks = [
         subprocess.Popen(
-            [sys.executable, PRETRAIN, "--config", str(recipe), *more[rank]],
+            [sys.executable, *program, "--config", str(recipe), *more[rank]],
             cwd=folders[rank],
-            env=environment(PYTHONPATH=str(folders[rank]), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_SIZE="1",
-                            MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+            env=environment(PYTHONPATH=f"{folders[rank]}:{ROOT}", RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0",
+                            LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
@@ -58,3 +58,25 @@ def test_a_node_with_another_config_is_refused_with_the_key_and_both_values(corp
         assert code == 2, output
         assert "rank 1 on " in output
         assert "config optim.lr: 0.001 on rank 0, 0.002 there" in output
+
+
+# Two folders stand for two machines that do not share one; the time that a rank waits for the other's file is cut short.
+IMPATIENT = """
+import sys
+from launcher import agreement, pretrain
+agreement.SEEN_S = 1.0
+pretrain.leave(pretrain.main(sys.argv[1:]))
+"""
+
+
+def test_a_run_folder_that_a_node_does_not_see_is_refused(corpus, tmp_path):
+    nodes = tmp_path / "n1", tmp_path / "n2"
+    (nodes[1] / "runs/test/lease").mkdir(parents=True)
+    (nodes[1] / "runs/test/lease/00000001.json").write_text("of a run that was here before")
+    nodes[0].mkdir()
+    recipe, own = write_recipe(tmp_path, corpus), ("run.folder=runs",)
+    for output, code in two_ranks(recipe, nodes, (own, own), ("-c", IMPATIENT)):
+        assert code == 2, output
+        assert "does not see runs/test/lease/00000001.json, which rank 0 has made. A run's folder must be" in output
+        assert "rank 1 on " in output
+    assert not Ledger(nodes[0] / "runs/test").events()

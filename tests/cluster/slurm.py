@@ -1,6 +1,8 @@
 """A real two-node SLURM on this machine, in namespaces of its own; see hosts.sh. Needs root and Debian's packages."""
 
+import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -43,18 +45,21 @@ PreemptExemptTime=0
 JobRequeue=1
 KillWait=30
 ReturnToService=2
-SlurmdTimeout=20
+SlurmdTimeout=10
 MpiDefault=none
 NodeName=n[1-2] CPUs=2 RealMemory=4000 State=UNKNOWN
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=2:00:00 PriorityTier=1 GraceTime=30 PreemptMode=REQUEUE
 PartitionName=urgent Nodes=n[1-2] MaxTime=1:00:00 PriorityTier=10 PreemptMode=OFF
 """
 
-# Each node has process numbers of its own, so that killing process 1 kills the node.
+# Each node has process numbers of its own, so that killing process 1 kills the node. A slurmd that ends is started again,
+# as systemd does, but not while the file is there.
 NODE = """
 hostname "$1"
-slurmd -D -N "$1" -f {folder}/slurm.conf
-exec sleep infinity
+while true; do
+  slurmd -D -N "$1" -f {folder}/slurm.conf
+  while [ -e "{folder}/$1.hold" ]; do sleep 0.2; done
+done
 """
 
 
@@ -95,8 +100,8 @@ class Cluster:
 
     def job(self, job: str) -> dict[str, str]:
         """What scontrol shows of a job."""
-        words = self.run("scontrol", "show", "job", "-o", job).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        shown = self.run("scontrol", "show", "job", "-o", job)
+        return dict(re.findall(r"(\S+?)=(.*?)(?= \S+?=|\n)", shown))
 
     def wait_for(self, job: str, *states: str, timeout: float = 120) -> str:
         """Until the job is in one of the states; any other end of it fails at once, with the job's output."""
@@ -128,10 +133,30 @@ class Cluster:
     def restore(self, node: str) -> None:
         self.run("ip", "link", "set", f"to-{node}", "up")
 
+    def kill_node(self, node: str) -> None:
+        """End all its processes at once, as a loss of power does."""
+        _kill(["bash", str(self.folder / "node.sh"), node])
+
+    def boot_node(self, node: str) -> None:
+        with open(self.folder / f"{node}.out", "a") as out:
+            self.start(
+                "nsenter", f"--net=/run/netns/{node}", "unshare", "--uts", "--pid", "--mount", "--fork", "--kill-child",
+                "--mount-proc", "bash", self.folder / "node.sh", node, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            )  # fmt: skip
+
+    def kill_slurmd(self, node: str) -> None:
+        """End the daemon alone; what runs on the node goes on."""
+        (self.folder / f"{node}.hold").touch()
+        _kill(["slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf")])
+
+    def start_slurmd(self, node: str) -> None:
+        (self.folder / f"{node}.hold").unlink()
+
     def clear(self) -> None:
         """No job, all nodes back: for the next test."""
         for node in NODES:
             self.restore(node)
+            (self.folder / f"{node}.hold").unlink(missing_ok=True)
         self.run("scancel", "--full", "--user=root", code=None)
         self.run("scancel", "--signal=KILL", "--user=root", code=None)
         self.nodes_idle()
@@ -139,6 +164,17 @@ class Cluster:
     def logs(self) -> str:
         paths = sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")])
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in paths)
+
+
+def _kill(words: list[str]) -> None:
+    """SIGKILL for the one process of these words, in whichever namespace it is."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            if path.read_bytes().decode(errors="replace").rstrip("\0").split("\0") == words:
+                found.append(int(path.parent.name))
+    assert len(found) == 1, f"{words}: {found}"
+    os.kill(found[0], signal.SIGKILL)
 
 
 def missing() -> str | None:

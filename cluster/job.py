@@ -1,0 +1,257 @@
+"""Inside a job: start the ranks, have them stop in time, requeue the job until the run is finished. Called by job.sh.
+
+    job.py --run-dir RUN --lead-s 300 --max-failures 3 -- srun … launcher/pretrain.py …
+
+The ranks save and leave on SIGUSR1, which this forwards and repeats. It is sent by SLURM before the time limit or a
+preemption, by a person (`scancel --batch --signal=USR1 JOB`), or by this program itself when the time limit is near and
+nobody has. What happened, and what was decided, is one line of RUN/jobs.jsonl and of the job's output.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from cluster.records import lead_for, note, read_events, saved_step
+from cluster.slurm import JobState, job_state
+
+ASK_EVERY_S = 10.0  # SIGUSR1 again, as ranks that are just starting ignore it
+LOOK_EVERY_S = 120.0  # at the time that is left, which may be changed from outside
+GRAIN_S = 120  # a warning this much earlier than asked for is still of the time limit
+REQUEUE_TRIES, REQUEUE_PAUSE_S = 10, 30.0
+PORTS = range(20_000, 30_000)  # below those that the system gives to outgoing connections
+STOPPED, REFUSED = 75, 2  # exit codes of launcher/pretrain.py
+TIME_LIMIT = "the time limit is near"
+
+Kind = Literal["finished", "stopped", "refused", "failed"]
+
+
+class Asked:
+    """Why the ranks have been asked to stop; empty while they have not."""
+
+    def __init__(self) -> None:
+        self.why = ""
+        self.signal_number = 0
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = self.signal_number or number
+
+
+@dataclass(frozen=True)
+class End:
+    """How one start of the ranks ended."""
+
+    kind: Kind
+    cause: str  # one line
+    saved_step: int  # of the run now
+    progress: bool  # it was saved further than before
+    blameless: bool = False  # others wanted the place; says nothing about the run
+
+
+@dataclass(frozen=True)
+class Verdict:
+    requeue: bool
+    code: int  # of the job, where it is not requeued
+    text: str
+
+
+def judge(code: int, asked: str, before: list[dict[str, Any]], after: list[dict[str, Any]], output: str) -> End:
+    """How a start ended. before, after: the ledger's events; output: the job's, of this start.
+
+    The ledger counts more than the exit code: `deepspeed` ends with 0 where a rank was killed.
+    """
+    new = after[len(before) :]
+    kinds = [event["event"] for event in new]
+    last = next((e["event"] for e in reversed(after) if e["event"] in ("start", "stopped", "failed", "finished")), "")
+    saved = saved_step(after)
+    progress = saved != saved_step(before)
+    if code == 0 and last == "finished":
+        return End("finished", "", saved, progress)
+    if code == STOPPED or "stopped" in kinds:
+        return End("stopped", asked or "a signal to the ranks", saved, progress, asked != TIME_LIMIT)
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    refused = [line for line in lines if line.startswith("pretrain: ")]
+    if code == REFUSED or (refused and "start" not in kinds):
+        return End("refused", refused[-1] if refused else "see above", saved, progress)
+    failed = [str(event.get("error")) for event in new if event["event"] == "failed"]
+    if asked and not failed:
+        return End("stopped", f"{asked}; it could not save any more", saved, progress, asked != TIME_LIMIT)
+    errors = [line for line in lines if re.search(r"\b\w*Error\b|\berror:", line)] or lines
+    cause = failed[-1] if failed else errors[-1] if errors else "no output"
+    return End("failed", f"exit code {code}: {cause}"[:500], saved, progress)
+
+
+def decide(end: End, in_a_row: int, max_failures: int, now: JobState) -> Verdict:
+    """Whether the job is to be requeued. in_a_row: starts until now, this one included, that brought the run no further."""
+    if end.kind == "finished":
+        return Verdict(False, 0, "the run is finished")
+    if end.kind == "refused":
+        return Verdict(False, REFUSED, f"not requeued, as it would be refused again: {end.cause}")
+    what = f"{'stopped' if end.kind == 'stopped' else 'failed'} ({end.cause}), saved step {end.saved_step}"
+    if now.state not in ("RUNNING", "") and now.reason != "TimeLimit":
+        return Verdict(False, STOPPED, f"{what}; SLURM is ending the job itself ({now.state})")
+    if in_a_row >= max_failures:
+        return Verdict(
+            False, 1, f"{what}; not requeued: {in_a_row} starts in a row saved nothing beyond step {end.saved_step}. Mend "
+            "the cause and submit again",
+        )  # fmt: skip
+    return Verdict(True, STOPPED, f"{what}; requeued")
+
+
+def starts_in_vain(run_dir: Path, job: str) -> int:
+    """How many of this job's last starts in a row brought the run no further, those left out that were not to blame."""
+    count = 0
+    for event in reversed(read_events(run_dir / "jobs.jsonl")):
+        if event["event"] == "end" and event.get("job") == job:
+            if event.get("progress"):
+                break
+            count += not event.get("blameless")
+    return count
+
+
+def attend(ranks: subprocess.Popen[bytes], job: str, lead_s: int, asked: Asked) -> int:
+    """Wait for the ranks to end, asking them to stop when it is time. Returns their exit code."""
+    look = ask = 0.0
+    deadline: float | None = None
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return ranks.wait(1.0)
+        now = time.monotonic()
+        if now >= look:
+            look, left_s = now + LOOK_EVERY_S, job_state(job).left_s
+            deadline = None if left_s is None else now + left_s - lead_s
+        if not asked.why:
+            near = deadline is not None and now >= deadline - (GRAIN_S if asked.signal_number else 0)
+            if asked.signal_number in (signal.SIGTERM, signal.SIGINT):
+                asked.why = f"{signal.Signals(asked.signal_number).name} to the job"
+            elif near:
+                asked.why = TIME_LIMIT
+            elif asked.signal_number:
+                asked.why = "SIGUSR1 to the job: preemption, or by hand"
+            if asked.why:
+                print(f"job.py: asking the ranks to save and stop: {asked.why}", flush=True)
+        if asked.why and now >= ask:
+            ask = now + ASK_EVERY_S
+            ranks.send_signal(signal.SIGUSR1)
+
+
+def meeting_place(interface: str | None) -> tuple[str, int]:
+    """Address and port where the ranks meet: this host, the job's first, so that every rank is told the same.
+
+    Raises OSError naming the interfaces there are.
+    """
+    address = socket.gethostname()
+    if interface is not None:
+        found = {name: ip for _, name in socket.if_nameindex() if (ip := _address(name)) is not None}
+        if interface not in found:
+            raise OSError(
+                f"the node {address} has no network interface {interface} with an IPv4 address; it has "
+                + ", ".join(f"{name} ({ip})" for name, ip in found.items())
+            )
+        address = found[interface]
+    for port in random.sample(PORTS, 100):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("", port))
+            return address, port
+    raise OSError(f"of 100 ports tried between {PORTS.start} and {PORTS.stop} on {address} none is free")
+
+
+def _address(interface: str) -> str | None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, contextlib.suppress(OSError):
+        request = struct.pack("256s", interface.encode()[:15])
+        return socket.inet_ntoa(fcntl.ioctl(s.fileno(), 0x8915, request)[20:24])  # SIOCGIFADDR
+    return None
+
+
+def output_of_this_start() -> tuple[Path | None, int]:
+    """The file that this job writes to, and how long it is now."""
+    with contextlib.suppress(OSError):
+        path = Path(os.readlink("/proc/self/fd/1"))
+        if path.is_file():
+            return path, path.stat().st_size
+    return None, 0
+
+
+def read_output(path: Path | None, offset: int, at_most: int = 200_000) -> str:
+    if path is None:
+        return ""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(offset, path.stat().st_size - at_most))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def requeue(job: str) -> str | None:
+    """Have SLURM start the job again; it ends this one. Returns what SLURM says where it does not."""
+    for remaining in reversed(range(REQUEUE_TRIES)):
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        if done.returncode == 0 or not remaining:
+            break
+        time.sleep(REQUEUE_PAUSE_S)  # the controller may just be starting anew
+    return done.stderr.strip() if done.returncode else None
+
+
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    own, _, command = ("\0".join(argv)).partition("\0--\0")
+    parser = argparse.ArgumentParser(prog="cluster/job.py", description=__doc__, usage="%(prog)s … -- COMMAND …")
+    parser.add_argument("--run-dir", required=True, type=Path)
+    parser.add_argument("--lead-s", required=True, type=int, help="seconds before the time limit to save and stop")
+    parser.add_argument("--max-failures", required=True, type=int, help="starts in a row that save nothing")
+    parser.add_argument("--interface", help="network interface over which the ranks meet")
+    args = parser.parse_args(own.split("\0"))
+    if not command:
+        parser.error("expected -- and the command that starts the ranks")
+    return args, command.split("\0")
+
+
+def main(argv: list[str]) -> int:
+    args, command = parse_arguments(argv)
+    job, restart = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    if not job:
+        print("job.py: no SLURM_JOB_ID; this runs inside a job: sbatch RUN/job.sh", file=sys.stderr)
+        return REFUSED
+    asked = Asked()
+    ledger = args.run_dir / "ledger.jsonl"
+    before = read_events(ledger)
+    try:
+        address, port = meeting_place(args.interface)
+    except OSError as error:
+        print(f"job.py: {error}", file=sys.stderr)
+        return REFUSED
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    note(args.run_dir, "begin", job=job, restart=restart, nodes=nodes, master=f"{address}:{port}",
+         saved_step=saved_step(before))  # fmt: skip
+    print(f"job.py: job {job}, restart {restart}, on {nodes}; the ranks meet at {address}:{port}", flush=True)
+    output = output_of_this_start()
+    ranks = subprocess.Popen(command)
+    code = attend(ranks, job, lead_for(before, args.lead_s), asked)
+    end = judge(code, asked.why, before, read_events(ledger), read_output(*output))
+    in_vain = 0 if end.progress else starts_in_vain(args.run_dir, job) + (not end.blameless)
+    verdict = decide(end, in_vain, args.max_failures, job_state(job))
+    note(args.run_dir, "end", job=job, restart=restart, code=code, kind=end.kind, cause=end.cause,
+         saved_step=end.saved_step, progress=end.progress, blameless=end.blameless, verdict=verdict.text)  # fmt: skip
+    print(f"job.py: {verdict.text}", flush=True)
+    if verdict.requeue and (refused := requeue(job)) is not None:
+        print(f"job.py: scontrol requeue {job}: {refused}; submit {args.run_dir / 'job.sh'} again", file=sys.stderr)
+    return verdict.code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,54 @@
+"""What a run's folder tells: ledger.jsonl, which the ranks write, and jobs.jsonl, which submit.py and job.py write."""
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+MARGIN_S = 60  # SLURM's clock for warnings has this grain
+SAVES = 3  # times as long as the slowest of the last saves
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines that are JSON objects; what a crash cut is left out. Empty where there is no file."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                found.append(value)
+    return found
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The lines that are events."""
+    return [line for line in read_lines(path) if "event" in line]
+
+
+def note(run_dir: Path, event: str, **fields: Any) -> None:
+    """One line more in jobs.jsonl. A disk that does not take it is told and is no reason to end."""
+    line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
+    try:
+        with open(run_dir / "jobs.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        print(f"{run_dir / 'jobs.jsonl'} cannot be written ({error.strerror}); its line was {line}", flush=True)
+
+
+def saved_step(ledger: list[dict[str, Any]]) -> int:
+    """Of the newest checkpoint that the ledger tells of, 0 where there is none."""
+    return next((int(event["step"]) for event in reversed(ledger) if event["event"] == "checkpoint"), 0)
+
+
+def lead_for(ledger: list[dict[str, Any]], least_s: int) -> int:
+    """Seconds before the time limit at which a run must be asked to stop, by how long its last saves took."""
+    took = [float(event.get("write_s", 0)) for event in ledger if event["event"] == "checkpoint"][-10:]
+    return max(least_s, MARGIN_S + round(SAVES * max(took))) if took else least_s

@@ -1,0 +1,82 @@
+"""Submitting to a real SLURM: what runs, and what is refused before it is queued."""
+
+import subprocess
+
+import pytest
+
+from jobs import records, submit, submit_command
+from runs import ROOT, assert_same_state, environment, losses, run, torchrun, write_recipe
+
+pytestmark = pytest.mark.slow
+
+STEPS = ("train.steps=6", "parallel.zero_stage=2")
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("expected")
+    run(torchrun(2, "--config", write_recipe(folder, corpus), *STEPS), folder / "log")
+    return folder / "runs/test"
+
+
+@pytest.mark.parametrize(("launch", "nodes"), [("srun", 2), ("deepspeed", 1)])
+def test_a_submitted_run_gives_the_losses_of_one_host(cluster, expected, corpus, tmp_path, launch, nodes):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    changes = {"launch": launch, "nodes": nodes, "tasks_per_node": 2 // nodes}
+    job = submit(cluster, folder, corpus, *STEPS, "eval.prompts=['it is \"so\" $HOME']", **changes)
+    cluster.wait_for(job, "COMPLETED")
+    run_dir = folder / "runs/test"
+    assert losses(run_dir) == losses(expected)
+    assert_same_state(run_dir, expected)
+    assert [end["kind"] for end in records(run_dir, "end")] == ["finished"]
+    assert "job.py: the run is finished" in (run_dir / f"logs/slurm-{job}.out").read_text()
+    again = cluster.run(*submit_command(folder, folder / "test.yaml", *STEPS, **changes), code=2)
+    assert f"{run_dir} is finished; nothing to queue" in again
+    if launch == "srun":
+        by_hand = cluster.sbatch(run_dir / "job.sh")
+        cluster.wait_for(by_hand, "COMPLETED")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "messages"),
+    [
+        (["train.stepz=3", "optim.lr=-1"], {"partition": "gpu"},
+         ["train.stepz: no such key; did you mean train.steps?", "optim.lr: got -1",
+          "SLURM has no gpu; it has main, urgent"]),
+        (["train.global_batch_size=9"], {"nodes": 3},
+         ["a global batch of 9 sequences does not divide into train.micro_batch_size=2 on 3 ranks",
+          "nodes: got 3; the partition main has 2"]),
+        ([], {"time": "3:00:00"}, ["time: got 3:00:00; the partition main allows 2:00:00 at most"]),
+        (["run.folder=/proc/runs"], {}, ["/proc/runs cannot be written: ", "choose another place with run.folder"]),
+        (["data.corpus=/nowhere"], {}, ["corpus folder /nowhere does not exist"]),
+        ([], {"sbatch": ["--constraint=quantum"]}, ["sbatch refuses", "eature"]),
+        ([], {"lead_s": 700}, ["lead_s: got 700, and time is 10:00"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and value else None,
+)  # fmt: skip
+def test_refused_before_it_is_queued(cluster, corpus, tmp_path, overrides, changes, messages):
+    out = cluster.run(*submit_command(tmp_path, write_recipe(tmp_path, corpus), *overrides, **changes), code=2)
+    assert out.startswith("submit: ")
+    for message in messages:
+        assert message in out
+    assert cluster.run("squeue", "--noheader") == ""
+
+
+def test_a_second_job_of_a_run_is_refused(cluster, corpus, tmp_path):
+    job = submit(cluster, tmp_path, corpus, sbatch=["--begin=now+1hour"])
+    out = cluster.run(*submit_command(tmp_path, tmp_path / "test.yaml"), code=2)
+    assert f"runs/test has job {job}, which is PENDING; it goes on by itself. To replace it: scancel {job}" in out
+    cluster.run("scancel", job)
+    submit(cluster, tmp_path, corpus, sbatch=["--begin=now+1hour"])
+
+
+def test_without_slurm_only_the_script_is_to_be_had(corpus, tmp_path):
+    command = submit_command(tmp_path, write_recipe(tmp_path, corpus))
+    dry = subprocess.run([*command, "--dry-run"], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert dry.returncode == 0, dry.stderr
+    assert dry.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=test\n")
+    assert not (tmp_path / "runs").exists()
+    done = subprocess.run(command, cwd=ROOT, env=environment(PATH="/nowhere"), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "sinfo is not here; call this on a node of a SLURM cluster" in done.stderr

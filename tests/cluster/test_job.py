@@ -106,6 +106,7 @@ def test_times_as_slurm_writes_them(text, seconds):
     assert parse_time(text) == seconds
 
 
+@pytest.mark.fault(33)
 def test_the_meeting_place_avoids_ports_in_use(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -117,6 +118,7 @@ def test_the_meeting_place_avoids_ports_in_use(monkeypatch):
     assert job.meeting_place("lo") == ("127.0.0.1", port)
 
 
+@pytest.mark.fault(34)
 def test_an_interface_that_is_not_there_is_named():
     with pytest.raises(OSError, match=r"has no network interface ib7 with an IPv4 address; it has .*lo \(127.0.0.1\)"):
         job.meeting_place("ib7")

@@ -59,6 +59,12 @@ def die(_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def usr1(_: Any) -> None:
+    """Twice: the second must change nothing."""
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
 def nan_in_a_weight(engine: Any) -> None:
     next(f for f in engine.fragments() if f.kind == "weight").tensor[0] = math.nan
 
@@ -126,6 +132,9 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], None]]] = {
     "slow-sync": (Engine, "forward", slow_syncs),
     "flip-bit": (Saves, "begin", bit_of_a_weight),
     "slow-steps": (Engine, "forward", slower_steps),
+    "usr1-in-forward": (Engine, "forward", usr1),
+    "usr1-in-save": (Saves, "begin", usr1),
+    "usr1-in-evaluation": (evaluation, "eval_batches", usr1),
     "unreadable-held-out": (evaluation, "eval_batches", unreadable),
     "late-view": (saving, "newest_good", late_view),
     "no-view": (saving, "newest_good", no_view),

@@ -14,7 +14,6 @@ class Row:
 
 
 NOT_YET = "not built yet"
-SLURM = "wants a SLURM of its own, which these tests do not start"
 
 ROWS = {
     1: Row("a rank is killed before the first step"),
@@ -40,17 +39,17 @@ ROWS = {
     21: Row("a machine sees the run's folder late"),
     22: Row("two jobs on one run"),
     23: Row("the mark of a dead job, or of this one before a requeue"),
-    24: Row("SIGUSR1 from SLURM, to the batch script or to all", SLURM),
-    25: Row("SIGTERM and scancel", SLURM),
-    26: Row("a signal in each phase of a run", SLURM),
+    24: Row("SIGUSR1 from SLURM, to the batch script or to all the rest"),
+    25: Row("SIGTERM and scancel"),
+    26: Row("a signal in each phase of a run"),
     27: Row("a signal to one rank alone"),
-    28: Row("the time limit passes without a signal", SLURM),
-    29: Row("a node drained, down, or without its slurmd", SLURM),
-    30: Row("a job that fails at the same step again and again", SLURM),
-    31: Row("preemption by another job", SLURM),
-    32: Row("the network is cut", SLURM),
-    33: Row("packets are lost or late, a port is taken", SLURM),
-    34: Row("an address that leads nowhere", SLURM),
+    28: Row("the time limit passes without a signal"),
+    29: Row("a node that loses its power or its slurmd"),
+    30: Row("a job that fails at the same step again and again"),
+    31: Row("preemption by another job"),
+    32: Row("the network is cut"),
+    33: Row("a port is taken"),
+    34: Row("an address that leads nowhere"),
     35: Row("gradients that are not finite, on one rank or on all"),
     36: Row("weights that are not finite when they are to be saved"),
     37: Row("a batch of noise"),

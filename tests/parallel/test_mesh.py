@@ -117,6 +117,7 @@ def test_a_task_that_slurm_binds_to_one_device_takes_it(monkeypatch):
         device_index(place_from_environment(TORCHRUN))
 
 
+@pytest.mark.fault(33)
 def test_a_port_in_use_is_named():
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -129,6 +130,7 @@ def test_a_port_in_use_is_named():
             build_mesh(Place(0, 2, 0, 1, f"tcp://127.0.0.1:{port}", "a test"), timeout_s=10)
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid:29500"])
 def test_an_address_that_nobody_answers_at_is_named(address):
     with pytest.raises(RendezvousError, match=f"rank 1 of 2 did not meet the others at tcp://{address} "):

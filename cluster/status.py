@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cluster.goodput import PARTS, Status, duration, read_status, summary
+from cluster.records import read_lines
+from cluster.report import html_page
 
 
 def describe(status: Status) -> list[str]:
@@ -38,6 +40,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines for people")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots there, too")
     parser.add_argument("--watch", type=float, nargs="?", const=10.0, metavar="SECONDS", help="again every so many "
                         "seconds, 10 without a number, until the run is finished")  # fmt: skip
     return parser.parse_args(argv)
@@ -51,6 +54,13 @@ def main(argv: list[str]) -> int:
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             status = read_status(args.run, time.time())
+            if args.html:
+                page = html_page(status, read_lines(args.run / "metrics.jsonl"), time.time())
+                try:
+                    args.html.write_text(page, encoding="utf-8")
+                except OSError as error:
+                    print(f"status: {args.html} cannot be written: {error.strerror}; choose another", file=sys.stderr)
+                    return 2
             text = json.dumps(asdict(status)) if args.json else "\n".join(describe(status))
             print("\033[H\033[2J" + text if args.watch and sys.stdout.isatty() else text, flush=True)
             if not args.watch or status.state == "finished":

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import time
+from xml.etree import ElementTree
 
 import pytest
 
 from cluster import goodput
 from cluster.goodput import UNTOLD, read_status
+from cluster.report import html_page, ticks
 from cluster.slurm import JobState
 from cluster.status import describe, main
 
@@ -158,3 +161,42 @@ def test_the_command(run_dir, capsys):
     assert (told["state"], told["parts_s"]["queue"], told["starts"][1]["from_step"]) == ("finished", 20, 10)
     assert main([str(run_dir / "lease")]) == 2
     assert "holds no ledger.jsonl; expected a run's folder, such as runs/NAME" in capsys.readouterr().err
+    assert main([str(run_dir), "--html", "/nowhere/page.html"]) == 2
+    assert "/nowhere/page.html cannot be written: No such file or directory; choose another" in capsys.readouterr().err
+
+
+def test_the_page_is_whole_and_says_the_same(run_dir, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main([str(run_dir), "--html", str(page)]) == 0
+    text = page.read_text()
+    ElementTree.fromstring(re.sub(r"<meta[^>]*>|<!doctype html>", "", text).replace("class=n", 'class="n"').replace(
+        "class=key", 'class="key"'))  # fmt: skip
+    assert "<p>step 20 of 20 · saved 20 · tokens 2,000 · loss 2.5" in text
+    assert "Goodput 22.2% of 81.0 s." in text
+    assert "<td class=n>24.7%</td><td class=n>20.0 s</td>" in text  # of the queue
+    assert "<td>7.1</td><td>n[3-4]</td><td class=n>10</td><td>the run is finished</td>" in text
+    assert text.count("<polyline") == 2  # loss and tokens/s; nothing was held out
+    assert float(re.findall(r'<rect x="([\d.]+)" width="([\d.]+)"', text)[-1][0]) == pytest.approx(
+        860 * 61.5 / 81, abs=0.1
+    )
+
+
+def test_what_a_page_shows_is_escaped(run_dir):
+    write(run_dir, [{**event, "nodes": "<b>", "verdict": "<script>"} for event in JOBS], LEDGER, 1)
+    text = html_page(read_status(run_dir, now=100.0), [speed(1)], 100.0)
+    assert "&lt;script&gt;" in text
+    assert "<script" not in text
+    assert "<b>" not in text
+    assert "<polyline" not in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 40, [0, 10, 20, 30, 40]), (5.66, 6.24, [5.6, 5.7, 5.8, 5.9, 6.0, 6.1, 6.2, 6.3]), (2, 2, [2, 2.5]),
+     (0, 0, [0, 0.2]), (99, 1201, [0, 200, 400, 600, 800, 1000, 1200, 1400])],
+)  # fmt: skip
+def test_numbers_of_an_axis_are_round(low, high, expected):
+    found = ticks(low, high)
+    assert found[0] <= low
+    assert found[-1] >= high
+    assert found == pytest.approx(expected)

@@ -96,6 +96,7 @@ def test_a_warning_to_all_processes_but_the_script(cluster, undisturbed, corpus,
     assert [(end["kind"], end["cause"]) for end in records(run_dir, "end")] == [
         ("stopped", "a signal to the ranks"), ("finished", "")
     ]  # fmt: skip
+    assert (run_dir / f"logs/slurm-{job}.out").read_text().count("Exited with exit code 75") == 2  # both of its runners
 
 
 @pytest.mark.fault(23)

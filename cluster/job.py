@@ -242,9 +242,11 @@ def main(argv: list[str]) -> int:
     output = output_of_this_start()
     ranks = subprocess.Popen(command)
     code = attend(ranks, job, lead_for(before, args.lead_s), asked)
-    end = judge(code, asked.why, before, read_events(ledger), read_output(*output))
+    now = job_state(job)
+    why = TIME_LIMIT if now.reason == "TimeLimit" else asked.why  # which SLURM ends with SIGTERM
+    end = judge(code, why, before, read_events(ledger), read_output(*output))
     in_vain = 0 if end.progress else starts_in_vain(args.run_dir, job) + (not end.blameless)
-    verdict = decide(end, in_vain, args.max_failures, job_state(job))
+    verdict = decide(end, in_vain, args.max_failures, now)
     note(args.run_dir, "end", job=job, restart=restart, code=code, kind=end.kind, cause=end.cause,
          saved_step=end.saved_step, progress=end.progress, blameless=end.blameless, verdict=verdict.text)  # fmt: skip
     print(f"job.py: {verdict.text}", flush=True)

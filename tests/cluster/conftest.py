@@ -3,6 +3,8 @@
 import pytest
 
 import slurm
+from jobs import SIX_STEPS
+from runs import run, torchrun, write_recipe
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +20,11 @@ def cluster(running_cluster):
     running_cluster.clear()
     yield running_cluster
     running_cluster.clear()
+
+
+@pytest.fixture(scope="session")
+def expected(tmp_path_factory, corpus):
+    """The folder of a run of six steps by two processes on one host."""
+    folder = tmp_path_factory.mktemp("expected")
+    run(torchrun(2, "--config", write_recipe(folder, corpus), *SIX_STEPS), folder / "log")
+    return folder / "runs/test"

@@ -8,6 +8,7 @@ import yaml
 from runs import SCRIPTS, write_recipe
 from slurm import Cluster
 
+SIX_STEPS = ("train.steps=6", "parallel.zero_stage=2")
 TWO_NODES = {"nodes": 2, "tasks_per_node": 1, "time": "10:00", "partition": "main", "network_interface": "eth0",
              "lead_s": 30, "env": {"OMP_NUM_THREADS": "1"}, "sbatch": ["--exclusive"]}  # fmt: skip
 

@@ -4,38 +4,27 @@ import subprocess
 
 import pytest
 
-from jobs import records, submit, submit_command
-from runs import ROOT, assert_same_state, environment, losses, run, torchrun, write_recipe
+from jobs import SIX_STEPS, records, submit, submit_command
+from runs import ROOT, assert_same_state, environment, losses, write_recipe
 
 pytestmark = pytest.mark.slow
 
-STEPS = ("train.steps=6", "parallel.zero_stage=2")
 
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory, corpus):
-    folder = tmp_path_factory.mktemp("expected")
-    run(torchrun(2, "--config", write_recipe(folder, corpus), *STEPS), folder / "log")
-    return folder / "runs/test"
-
-
-@pytest.mark.parametrize(("launch", "nodes"), [("srun", 2), ("deepspeed", 1)])
-def test_a_submitted_run_gives_the_losses_of_one_host(cluster, expected, corpus, tmp_path, launch, nodes):
+def test_a_submitted_run_gives_the_losses_of_one_host(cluster, expected, corpus, tmp_path):
+    """With a task for each rank; `launch: deepspeed` is seen in test_requeue.py."""
     folder = tmp_path / "a folder"
     folder.mkdir()
-    changes = {"launch": launch, "nodes": nodes, "tasks_per_node": 2 // nodes}
-    job = submit(cluster, folder, corpus, *STEPS, "eval.prompts=['it is \"so\" $HOME']", **changes)
+    job = submit(cluster, folder, corpus, *SIX_STEPS, "eval.prompts=['it is \"so\" $HOME']")
     cluster.wait_for(job, "COMPLETED")
     run_dir = folder / "runs/test"
     assert losses(run_dir) == losses(expected)
     assert_same_state(run_dir, expected)
     assert [end["kind"] for end in records(run_dir, "end")] == ["finished"]
     assert "job.py: the run is finished" in (run_dir / f"logs/slurm-{job}.out").read_text()
-    again = cluster.run(*submit_command(folder, folder / "test.yaml", *STEPS, **changes), code=2)
+    again = cluster.run(*submit_command(folder, folder / "test.yaml", *SIX_STEPS), code=2)
     assert f"{run_dir} is finished; nothing to queue" in again
-    if launch == "srun":
-        by_hand = cluster.sbatch(run_dir / "job.sh")
-        cluster.wait_for(by_hand, "COMPLETED")
+    by_hand = cluster.sbatch(run_dir / "job.sh")
+    cluster.wait_for(by_hand, "COMPLETED")
 
 
 @pytest.mark.parametrize(

@@ -9,22 +9,14 @@ from pathlib import Path
 import pytest
 
 import slurm
-from runs import PRETRAIN, SCRIPTS, assert_same_state, losses, run, torchrun, write_recipe
+from jobs import SIX_STEPS
+from runs import PRETRAIN, SCRIPTS, assert_same_state, losses, write_recipe
 
 pytestmark = pytest.mark.slow
-
-ARGUMENTS = ("train.steps=6", "parallel.zero_stage=2")
 
 SRUN = """#!/bin/bash
 srun --ntasks-per-node=1 {python} {pretrain} --config {recipe} {arguments}
 """
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory, corpus):
-    folder = tmp_path_factory.mktemp("expected")
-    run(torchrun(2, "--config", write_recipe(folder, corpus), *ARGUMENTS), folder / "log")
-    return folder / "runs/test"
 
 
 def test_each_node_has_its_name_and_its_address(cluster):
@@ -36,7 +28,7 @@ def test_the_losses_of_one_host(cluster, expected, corpus, tmp_path):
     """Bare `srun`: only SLURM's own variables tell the ranks where to meet."""
     recipe, path = write_recipe(tmp_path, corpus), tmp_path / "job.sh"
     path.write_text(
-        SRUN.format(python=SCRIPTS / "python", pretrain=PRETRAIN, recipe=recipe, arguments=" ".join(ARGUMENTS))
+        SRUN.format(python=SCRIPTS / "python", pretrain=PRETRAIN, recipe=recipe, arguments=" ".join(SIX_STEPS))
     )
     job = cluster.sbatch("-N2", f"--output={tmp_path}/out", path, env={"GLOO_SOCKET_IFNAME": "eth0"})
     cluster.wait_for(job, "COMPLETED")

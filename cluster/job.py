@@ -27,7 +27,7 @@ from typing import Any, Literal
 from cluster.records import lead_for, note, read_events, saved_step
 from cluster.slurm import JobState, job_state
 
-ASK_EVERY_S = 10.0  # SIGUSR1 again, as ranks that are just starting ignore it
+ASK_EVERY_S = 2.0  # SIGUSR1 again, as ranks that are just starting ignore it
 LOOK_EVERY_S = 120.0  # at the time that is left, which may be changed from outside
 GRAIN_S = 120  # a warning this much earlier than asked for is still of the time limit
 REQUEUE_TRIES, REQUEUE_PAUSE_S = 10, 30.0

@@ -34,6 +34,7 @@ REQUEUE_TRIES, REQUEUE_PAUSE_S = 10, 30.0
 PORTS = range(20_000, 30_000)  # below those that the system gives to outgoing connections
 STOPPED, REFUSED = 75, 2  # exit codes of launcher/pretrain.py
 TIME_LIMIT = "the time limit is near"
+STOP_AT = "train.stop_at"  # as the ledger has it
 
 Kind = Literal["finished", "stopped", "refused", "failed"]
 
@@ -56,7 +57,7 @@ class End:
     """How one start of the ranks ended."""
 
     kind: Kind
-    cause: str  # one line
+    cause: str  # one line; of a finished run empty, or why it has not all its steps
     saved_step: int  # of the run now
     progress: bool  # it was saved further than before
     blameless: bool = False  # others wanted the place; says nothing about the run
@@ -81,6 +82,8 @@ def judge(code: int, asked: str, before: list[dict[str, Any]], after: list[dict[
     progress = saved != saved_step(before)
     if code == 0 and last == "finished":
         return End("finished", "", saved, progress)
+    if any(event["event"] == "stopped" and event.get("cause") == STOP_AT for event in new):
+        return End("finished", STOP_AT, saved, progress)
     if code == STOPPED or "stopped" in kinds:
         return End("stopped", asked or "a signal to the ranks", saved, progress, asked != TIME_LIMIT)
     lines = [line.strip() for line in output.splitlines() if line.strip()]
@@ -98,7 +101,9 @@ def judge(code: int, asked: str, before: list[dict[str, Any]], after: list[dict[
 def decide(end: End, in_a_row: int, max_failures: int, now: JobState) -> Verdict:
     """Whether the job is to be requeued. in_a_row: starts until now, this one included, that brought the run no further."""
     if end.kind == "finished":
-        return Verdict(False, 0, "the run is finished")
+        return Verdict(
+            False, 0, f"the run is where it was to stop: {end.cause}" if end.cause else "the run is finished"
+        )
     if end.kind == "refused":
         return Verdict(False, REFUSED, f"not requeued, as it would be refused again: {end.cause}")
     what = f"{'stopped' if end.kind == 'stopped' else 'failed'} ({end.cause}), saved step {end.saved_step}"

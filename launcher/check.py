@@ -13,7 +13,7 @@ import sys
 from data.errors import DataError
 from launcher.config import ConfigError, load_config
 from launcher.limits import LimitError
-from launcher.pretrain import begin_logging, open_again
+from launcher.pretrain import begin_logging, open_again, refuse_stop_behind
 from launcher.redaction import hide
 from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, refuse_other_config
 from parallel.checkpoint import committed_steps
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
         if not args.write_nothing:
             prepare_run_dir(cfg, needed_bytes=12 * cfg.model.n_params)  # fp32 weights and two moments
         steps = committed_steps(cfg.run_dir / "checkpoints")
+        refuse_stop_behind(cfg, steps)
         finished = bool(steps) and steps[-1] >= cfg.train.steps and Ledger(cfg.run_dir).tells_finished(steps[-1])
     except (ConfigError, DataError, RunDirError, LimitError) as error:
         print(hide(str(error)), file=sys.stderr)

@@ -26,6 +26,8 @@ RUNNING = JobState("RUNNING", "None", 1000)
         # `python launcher/pretrain.py` on a finished run writes nothing
         (0, "", [*START, *SAVED, {"event": "finished"}], [], "", End("finished", "", 5, False)),
         (75, TIME_LIMIT, [], [*START, *SAVED, {"event": "stopped"}], "", End("stopped", TIME_LIMIT, 5, True)),
+        (75, "", [], [*START, *SAVED, {"event": "stopped", "cause": "train.stop_at"}], "",
+         End("finished", "train.stop_at", 5, True)),
         (75, "", [], START, "", End("stopped", "a signal to the ranks", 0, False, True)),
         # `deepspeed` hides its ranks' code
         (0, TIME_LIMIT, [], [*START, {"event": "stopped"}], "", End("stopped", TIME_LIMIT, 0, False)),
@@ -49,6 +51,7 @@ def test_how_a_start_ended(code, asked, before, new, output, expected):
     ("end", "in_vain", "now", "requeue", "code", "text"),
     [
         (End("finished", "", 9, True), 0, RUNNING, False, 0, "the run is finished"),
+        (End("finished", "train.stop_at", 9, True), 0, RUNNING, False, 0, "where it was to stop: train.stop_at"),
         (End("refused", "bad key", 0, False), 1, RUNNING, False, 2, "not requeued, as it would be refused again: bad key"),
         (End("stopped", "w", 9, True), 0, RUNNING, True, 75, r"stopped \(w\), saved step 9; requeued"),
         (End("stopped", "w", 9, True), 0, JobState("COMPLETING", "None"), False, 75, "SLURM is ending the job itself"),

@@ -28,6 +28,15 @@ STARTS = [
 KILLED_AFTER = [5, 12, 17, 25, 31, 38, 42, 50, 57, 66]
 
 
+def wait_for_start(run_dir, number, process):
+    """Until the run's ledger has that many starts: the last one may have logged more than the next is waited for."""
+    deadline = time.monotonic() + 120
+    while sum(event["event"] == "start" for event in Ledger(run_dir).events()) < number:
+        assert process.poll() is None, "the run ended before it began"
+        assert time.monotonic() < deadline, f"start {number} did not begin in 120 s"
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.fault(39)
@@ -46,6 +55,7 @@ def test_a_run_killed_ten_times_on_changing_ranks_and_stages_reads_and_learns_th
             run(command, log)
         else:
             process = start(command, log)
+            wait_for_start(run_dir, number + 1, process)
             wait_for_step(run_dir, KILLED_AFTER[number], process)
             time.sleep(rng.random() / 10)  # anywhere within a step or a save
             kill(recipe, process)

@@ -166,5 +166,8 @@ class LoneEngine:
     def __init__(self) -> None:
         self.state = {kind: torch.arange(4.0) for kind in KINDS}
 
+    def loss_scaler_state(self) -> None:
+        return None
+
     def owned_fragments(self) -> list[Fragment]:
         return [Fragment("w", kind, 0, tensor) for kind, tensor in self.state.items()]

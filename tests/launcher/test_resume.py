@@ -77,8 +77,7 @@ def unclipped(tmp_path_factory, corpus):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [("host", "device"), ("device", "host"), ("host", "host")])
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(("stage", "before", "after"), [(1, "host", "device"), (3, "device", "host")])
 def test_a_killed_run_goes_on_with_or_without_offload(stage, before, after, unclipped, corpus, tmp_path):
     """SIGKILL for all ranks after step 12; the same bits as never stopped and never offloaded."""
     recipe = write_recipe(tmp_path, corpus)

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Every accelerator there is; without one, as many processes as there are cores, at most two.
 RANKS ?= $(shell $(BIN)/python -c 'import os, torch; print(torch.accelerator.device_count() or min(2, os.cpu_count()))')
 
-.PHONY: pretrain test test-slow faults check setup
+.PHONY: pretrain test test-slow test-long faults check setup
 
 pretrain: setup
 	$(BIN)/python launcher/prepare.py --config $(CONFIG)
@@ -16,7 +16,11 @@ test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -rs
 
 test-slow: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not long' -rs
+
+# What .ci/run leaves out, as it has an hour.
+test-long: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -rs
 
 # What a run must survive, each injected for real; ends with a table of the results.
 faults: setup

@@ -85,6 +85,7 @@ def test_a_warning_while_the_ranks_start_is_repeated_until_they_heed_it(cluster,
     assert [event["signal"] for event in records(run_dir, "stopped", "ledger.jsonl")] == ["SIGUSR1"]
 
 
+@pytest.mark.long
 @pytest.mark.fault(24)
 def test_a_warning_to_all_processes_but_the_script(cluster, undisturbed, corpus, tmp_path):
     """As `--signal` without `B:` sends it: to DeepSpeed's runner and launcher, too, which it must not end."""
@@ -187,6 +188,7 @@ def test_a_node_that_is_lost(cluster, undisturbed, corpus, tmp_path, lost):
         assert "rank 1 on n2 does not answer" in records(run_dir, "failed", "ledger.jsonl")[0]["error"]
 
 
+@pytest.mark.long
 @pytest.mark.fault(29)
 def test_a_slurmd_that_is_killed(cluster, undisturbed, corpus, tmp_path):
     """SLURM takes its node for dead and requeues the job, while the ranks are all well.
@@ -208,6 +210,7 @@ def test_a_slurmd_that_is_killed(cluster, undisturbed, corpus, tmp_path):
     assert [begin["restart"] for begin in records(run_dir, "begin")] == [0, 1]
 
 
+@pytest.mark.long
 def test_a_rank_that_is_killed_costs_the_steps_since_the_last_save(cluster, undisturbed, corpus, tmp_path):
     """Under `deepspeed`, which says that all is well."""
     job, run_dir = submit(cluster, tmp_path, corpus, *RUN, launch="deepspeed"), tmp_path / "runs/test"

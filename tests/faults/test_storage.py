@@ -118,6 +118,7 @@ int fsync(int fd) {
 """
 
 
+@pytest.mark.long
 @pytest.mark.fault(20)
 def test_storage_that_takes_30_s_for_a_sync(straight, recipe, tmp_path):
     """Three times the limit of a phase. The steps go on meanwhile, the end waits, nobody takes it for a hang."""

@@ -33,7 +33,7 @@ def launch_py(recipe, runner):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", ["runner", "launch.py"])
-@pytest.mark.parametrize("after_s", [1, 4])
+@pytest.mark.parametrize("after_s", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_ranks_do_not_outlive_a_launcher_that_is_killed_while_they_start(whom, after_s, corpus, tmp_path):
     """Before the launcher was noted ahead of torch's import, they trained on with nobody who knew of them."""
     recipe, log = write_recipe(tmp_path, corpus), tmp_path / "log"
@@ -61,7 +61,7 @@ def test_ranks_whose_torchrun_is_killed_do_not_wait_for_its_store(corpus, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", ["runner", "launch.py"])
-@pytest.mark.parametrize("number", ["USR1", "INT"])
+@pytest.mark.parametrize("number", ["USR1", pytest.param("INT", marks=pytest.mark.long)])
 def test_ranks_save_and_leave_on_other_signals_to_deepspeed(whom, number, corpus, tmp_path):
     """KILL and TERM are in test_watchdog.py."""
     recipe, run_dir, log = write_recipe(tmp_path, corpus), tmp_path / "runs/test", tmp_path / "log"

@@ -112,10 +112,15 @@ def test_a_rank_that_is_stopped_for_less_than_the_limit_changes_nothing(undistur
 @pytest.mark.fault(1)
 @pytest.mark.parametrize(
     ("launch", "rank"),
-    [(torchrun, 1), (torchrun, 0), (deepspeed, 0), (deepspeed, 1)],
+    [
+        (torchrun, 1),
+        pytest.param(torchrun, 0, marks=pytest.mark.long),
+        (deepspeed, 0),
+        pytest.param(deepspeed, 1, marks=pytest.mark.long),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-@pytest.mark.parametrize("where", ["at-start", "in-agreement", "in-engine"])
+@pytest.mark.parametrize("where", ["at-start", pytest.param("in-agreement", marks=pytest.mark.long), "in-engine"])
 def test_a_rank_that_is_killed_before_the_first_step_ends_the_start(where, launch, rank, corpus, tmp_path):
     """Before they have met, their launcher alone can tell; gloo while they compare their code; then their watchdogs."""
     recipe, log = write_recipe(tmp_path, corpus), tmp_path / "log"

@@ -138,9 +138,12 @@ def test_a_job_of_higher_priority_takes_the_nodes(cluster, undisturbed, corpus, 
 
 
 @pytest.mark.parametrize(
-    "warned", [pytest.param(True, marks=pytest.mark.fault(24)), pytest.param(False, marks=pytest.mark.fault(28))],
-    ids=["warned", "not-warned"],
-)  # fmt: skip
+    "warned",
+    [
+        pytest.param(True, marks=pytest.mark.fault(24), id="warned"),
+        pytest.param(False, marks=[pytest.mark.fault(28), pytest.mark.long], id="not-warned"),
+    ],
+)
 def test_a_time_limit_shorter_than_the_run(cluster, undisturbed, corpus, tmp_path, warned):
     """Warned by SLURM, or, where nobody does, by the job's own look at the time that is left.
 

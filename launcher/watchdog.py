@@ -215,9 +215,7 @@ class Watchdog:
                 states = self._states()
                 if states and states[peer.rank]["ended"]:
                     continue
-                seen = f"last seen in {states[peer.rank]['where']}, " if states else ""  # up to a beat before
-                seen += f"while rank {self._mesh.rank} was in {self._where()}"
-                self._record(f"{self._name(peer.rank)} failed first, {seen}: {why}")
+                self._record(f"{self._name(peer.rank)} failed first, {self._when(states, peer.rank)}: {why}")
 
     def _blame_silent(self, before: list[dict[str, Any]], what: str) -> None:
         """A connection broke, `what`, and no neighbour has ended: record the rank whose heartbeat has stopped since."""
@@ -229,9 +227,14 @@ class Watchdog:
         for rank in _silent(before, now):
             if not now[rank]["ended"]:
                 self._record(
-                    f"{self._name(rank)} failed first, last seen in {now[rank]['where']}: it does not answer any more; "
+                    f"{self._name(rank)} failed first, {self._when(now, rank)}: it does not answer any more; "
                     f"{self._name(self._mesh.rank)} met {what}"
                 )
+
+    def _when(self, states: list[dict[str, Any]], rank: int) -> str:
+        """Where a rank was, by its own last word, which is up to a beat old, and where this one is."""
+        seen = f"last seen in {states[rank]['where']}, " if states else ""
+        return f"{seen}while rank {self._mesh.rank} was in {self._where()}"
 
     def _no_store(self) -> str:
         return f"{self._name(0)}, or the launcher that keeps the ranks' meeting place, does not answer any more"

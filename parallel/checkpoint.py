@@ -179,14 +179,15 @@ def read_manifest(path: Path) -> Manifest:
     file = path / "manifest.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(version := raw.get("format_version"), int) and version > FORMAT_VERSION:
+        version, as_written = raw.get("format_version"), raw.pop("xxh3", None) == body_hash(raw)
+        if as_written and version > FORMAT_VERSION:
             raise UnreadableError(
                 f"{file}: format version {version}, this program reads {FORMAT_VERSION}; use the Longhaul that wrote it, or "
                 "a later one"
             )
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{file}: format version {version!r}, this program reads {FORMAT_VERSION}")
-        if raw.pop("xxh3", None) != body_hash(raw):
+        if not as_written:
             raise CheckpointError(f"{file} does not say what was written: its own xxh3 differs")
         manifest = Manifest(**raw)
         if path.name.split(".")[0] != folder_name(manifest.step):

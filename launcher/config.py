@@ -90,6 +90,9 @@ class LogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """What is written down while the run goes."""
 
     every: PositiveInt = 10  # optimizer steps between lines in the log, metrics.jsonl and TensorBoard
+    straggler_share: float = Field(
+        0.2, ge=0, allow_inf_nan=False
+    )  # a rank slower than the median by more is named; 0: none
 
 
 class EvalConfig(BaseModel, frozen=True, extra="forbid", strict=True):

@@ -42,6 +42,7 @@ from launcher.run_data import AnyLoader, RunData, open_data
 from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, refuse_other_config, save_config
 from launcher.saving import Progress, Saves, resume
 from launcher.signals import StopFlag, signal_name
+from launcher.stragglers import Stragglers
 from launcher.watchdog import ALLOWANCE_S, Watchdog
 from model.transformer import Transformer
 from parallel import device
@@ -118,6 +119,7 @@ def train(
         announce(cfg, mesh, ledger, metrics, start, progress, data, loader)
     saves = Saves(cfg, engine, loader, reads, ledger, lease)
     judge = Judge(cfg.train.bad_steps, progress.losses, progress.grad_norms)
+    stragglers = Stragglers(cfg.log.straggler_share, engine, watch.hosts, ledger)
     spans = deque[tuple[int, int]](maxlen=cfg.train.bad_steps.leave_out)  # of the last steps' samples
     may_end = cfg.data.stream is not None and cfg.data.stream.epochs is not None
     clock, overall, stopped_by, valid = Clock(), Clock(), 0, {}
@@ -134,7 +136,9 @@ def train(
                 watch.enter("save", progress.step)
                 saves.finish(progress)
                 raise StreamEnd(end_of_stream(cfg, progress))
+            asked = time.perf_counter()
             batch = next(loader)
+            own_wait_s = time.perf_counter() - asked
             clock.data_wait_s += time.perf_counter() - began
             reads.add(progress.step + 1, batch)
             spans.append(batch.span)
@@ -142,6 +146,7 @@ def train(
             seed_step(cfg.run.seed, progress.step, mesh.dp_rank)
             lr, in_step = lr_at(progress.step, cfg.train.steps, cfg.optim), watch.within(progress.step + 1, batch.span)
             stats = train_step(engine, batch, n_targets, lr, judge, in_step)
+            stragglers.add(own_wait_s)
             progress.step += 1
             note_step(progress, stats, judge)
             if stats.bad is not None:
@@ -157,7 +162,7 @@ def train(
             stopped_by, failures = vote.result()  # every rank leaves at the same step
             last = progress.step == cfg.train.steps
             if due(progress.step, cfg.log.every) or last:
-                log_step(cfg, mesh, metrics, progress, stats, clock)
+                log_step(cfg, mesh, metrics, progress, stats, clock, stragglers.look(progress.step))
                 if metrics is not None:
                     metrics.write(progress.step, data.progress(batch.span[1]))
                 clock = Clock()
@@ -365,8 +370,9 @@ def log_step(
     progress: Progress,
     stats: Stats,
     clock: Clock,
+    ranks: dict[str, float],
 ) -> None:
-    """The numbers of this step, and the speed since the last logged one."""
+    """The numbers of this step, and the speed since the last logged one; ranks: how they compare."""
     if metrics is None:
         return
     tokens_per_s = clock.tokens / clock.step_s
@@ -383,6 +389,7 @@ def log_step(
         "speed/step_time_s": clock.step_s / clock.steps,
         "speed/data_wait_s": clock.data_wait_s / clock.steps,
         "system/peak_host_mem_gib": peak_host_mem_gib(),
+        **ranks,
     }
     if (peak := peak_flops(device.name(), cfg.parallel.precision)) is not None:
         values["speed/mfu"] = flops / peak

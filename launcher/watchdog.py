@@ -112,6 +112,11 @@ class Watchdog:
         return self._failure() or what
 
     @property
+    def hosts(self) -> list[str]:
+        """Of all ranks, by rank."""
+        return [peer.host for peer in self._peers]
+
+    @property
     def starting(self) -> bool:
         """Whether no step has begun."""
         return self._phase == "start-up"

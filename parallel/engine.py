@@ -22,6 +22,7 @@ from parallel.checkpoint import CheckpointError
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
 from parallel.optim import OptimConfig, build_adamw, gate
+from parallel.own_time import OwnTime
 from parallel.recompute import apply_recompute
 from parallel.state import EXP_AVG, EXP_AVG_SQ, WEIGHT, Fragment, StateSource
 
@@ -50,6 +51,7 @@ class Engine:
         self._veto: Callable[[float], bool] = lambda grad_norm: False
         self._vetoed: bool | None = None  # None: not asked yet in this update
         gate(self._base_optimizer(), self._allowed)
+        self.own_time = OwnTime(self.module, self.zero_stage)
 
     # -- training ---------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ import torch
 
 import launcher.pretrain as pretrain
 import launcher.watchdog as watchdog
-from launcher import evaluation, saving
+from launcher import evaluation, saving, stragglers
 from launcher.saving import Saves
 from parallel import checkpoint, checkpoint_writer
 from parallel.engine import Engine
@@ -79,6 +79,12 @@ def slower_steps(_: Any) -> None:
     Engine.update = lambda *args: (time.sleep(0.15), update(*args))[1]  # type: ignore[method-assign]
 
 
+def slow_rank(engine: Any) -> None:
+    """For 50 steps, of one micro-batch each."""
+    forward, left = engine.module.forward, iter(range(50))
+    engine.module.forward = lambda *args: (next(left, None) is not None and time.sleep(0.1), forward(*args))[1]
+
+
 def late_view(folder: Path, seconds: float = 3.0) -> None:
     """This process sees an empty folder there for so long, as NFS may show it: a mount of its own."""
     empty = Path(f"{folder}.as-seen")
@@ -131,6 +137,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], None]]] = {
     "nan-weight": (Engine, "forward", nan_in_a_weight),
     "slow-sync": (Engine, "forward", slow_syncs),
     "flip-bit": (Saves, "begin", bit_of_a_weight),
+    "slow-rank": (Engine, "forward", slow_rank),
     "slow-steps": (Engine, "forward", slower_steps),
     "usr1-in-forward": (Engine, "forward", usr1),
     "usr1-in-save": (Saves, "begin", usr1),
@@ -146,5 +153,6 @@ if __name__ == "__main__":
     name, rank, step, _, *arguments = words
     owner, method, fault = FAULTS[name]
     count_steps()
+    stragglers.STEPS, stragglers.WINDOWS = 40, 4  # a rank is slow for a shorter time in tests
     setattr(owner, method, at(int(step), int(rank), fault)(getattr(owner, method)))
     pretrain.leave(pretrain.main(arguments))

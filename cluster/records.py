@@ -7,28 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from runfiles.lines import read_events as read_events
+from runfiles.lines import read_lines as read_lines
+
 MARGIN_S = 60  # SLURM's clock for warnings has this grain
 SAVES = 3  # times as long as the slowest of the last saves
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines that are JSON objects; what a crash cut is left out. Empty where there is no file."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    found = []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            value = json.loads(line)
-            if isinstance(value, dict):
-                found.append(value)
-    return found
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The lines that are events."""
-    return [line for line in read_lines(path) if "event" in line]
 
 
 def note(run_dir: Path, event: str, **fields: Any) -> None:

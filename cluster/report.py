@@ -5,7 +5,8 @@ import time
 from html import escape
 from typing import Any
 
-from cluster.goodput import PARTS, Status, duration, summary
+from cluster.goodput import Status, duration, summary
+from runfiles.goodput import PARTS
 
 COLORS = {"steps": "#1b7f4b", "data": "#8cc9a6", "checkpoint": "#2f6db5", "evaluation": "#9cc3e8", "lost": "#c0392b",
           "start-up": "#e0a030", "queue": "#b9b9b9", "rest": "#6b6b6b"}  # fmt: skip
@@ -23,7 +24,7 @@ td, th {{ padding: .2em 1em .2em 0; text-align: left; vertical-align: top }} td.
 </style></head><body>
 <h1>{run}: {state}</h1>
 <p>{summary}</p>
-<h2>Where the time went</h2>
+{slow}<h2>Where the time went</h2>
 {time}
 <h2>Starts</h2>
 <table><tr><th>begun</th><th>job</th><th>nodes</th><th>from step</th><th>end</th></tr>
@@ -45,6 +46,7 @@ def html_page(status: Status, metrics: list[dict[str, Any]], now: float) -> str:
         run=escape(status.run),
         state=escape(status.state),
         summary=escape(summary(status)).replace("  ", " · "),
+        slow="".join(f"<p>Slow {escape(text)}.</p>\n" for text in status.slow),
         time=_bar(status),
         starts="".join(
             f"<tr><td>{_when(s.time)}</td><td>{escape(s.job)}{f'.{s.restart}' if s.job else ''}</td><td>{escape(s.nodes)}"

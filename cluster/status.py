@@ -8,9 +8,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from cluster.goodput import PARTS, Status, duration, read_status, summary
-from cluster.records import read_lines
+from cluster.goodput import Status, duration, read_status, summary
 from cluster.report import html_page
+from runfiles.goodput import PARTS
+from runfiles.lines import read_metrics
 
 
 def describe(status: Status) -> list[str]:
@@ -23,6 +24,7 @@ def describe(status: Status) -> list[str]:
         lines.append(f"  goodput {status.goodput:.1%} of {duration(status.wall_s)}:")
         lines += [f"    {status.parts_s[key] / status.wall_s:6.1%}  {duration(status.parts_s[key]):>9}  {PARTS[key]}"
                   for key in PARTS]  # fmt: skip
+    lines += [f"  slow {text}" for text in status.slow]
     if status.starts:
         lines.append(f"  {len(status.starts)} starts:")
     for start in status.starts:
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> int:
         while True:
             status = read_status(args.run, time.time())
             if args.html:
-                page = html_page(status, read_lines(args.run / "metrics.jsonl"), time.time())
+                page = html_page(status, read_metrics(args.run / "metrics.jsonl"), time.time())
                 try:
                     args.html.write_text(page, encoding="utf-8")
                 except OSError as error:

@@ -21,7 +21,7 @@ from parallel.checkpoint import CheckpointError, CheckpointReader, faults, folde
 from parallel.state import KINDS
 
 NAMES = {"weight": "weights", "exp_avg": "first moments", "exp_avg_sq": "second moments"}
-OF_SPEED = ("speed/", "system/", "data/cache_")  # metrics that no two runs share
+OF_SPEED = ("speed/", "system/", "goodput/", "data/cache_")  # metrics that no two runs share
 CHUNK = 1 << 24  # elements of a tensor held at a time, of each run
 
 

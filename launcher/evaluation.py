@@ -71,6 +71,7 @@ def _loss(cfg: RunConfig, engine: Engine, corpus: Corpus, enter: Callable[[str],
 
 def write_samples(cfg: RunConfig, engine: Engine, tokenizer: Tokenizer, metrics: MetricsLog | None, step: int) -> None:
     """Continue the recipe's prompts and show them in TensorBoard. All ranks take part: under ZeRO 3 all hold weights."""
+    began = time.perf_counter()
     for i, prompt in enumerate(cfg.eval.prompts):
         with engine.evaluating() as model:
             ids = _sample_ids(cfg, tokenizer, model, prompt, engine.mesh.device)
@@ -78,6 +79,8 @@ def write_samples(cfg: RunConfig, engine: Engine, tokenizer: Tokenizer, metrics:
             text = tokenizer.decode(ids)
             metrics.write_text(f"sample/{i}", f"```\n{text}\n```", step)
             log.info("step %d  sample %d:\n%s", step, i, textwrap.indent(text, "    | ", lambda line: True))
+    if metrics is not None and cfg.eval.prompts:
+        metrics.write(step, {"speed/sample_time_s": time.perf_counter() - began})
 
 
 def _sample_ids(

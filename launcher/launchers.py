@@ -7,6 +7,7 @@ and nothing that a rank finds later tells for certain that it ever was. So: the 
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +33,12 @@ def process_start_of(pid: int) -> int | None:
     except (OSError, ValueError):
         return None
     return -1 if state in "ZX" else int(rest[18])
+
+
+def up_s() -> float | None:
+    """Seconds since this process began; None where the system does not tell."""
+    start = process_start_of(os.getpid())
+    return None if start is None else time.clock_gettime(time.CLOCK_BOOTTIME) - start / os.sysconf("SC_CLK_TCK")
 
 
 def launchers_of(pid: int, env: Mapping[str, str], proc: Path = Path("/proc")) -> list[Launcher]:

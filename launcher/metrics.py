@@ -12,6 +12,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from runfiles.goodput import Goodput
+
 log = logging.getLogger(__name__)
 
 _EVENTS = re.compile(r"(events\.out\.tfevents\.)\d{10}(\..*)")
@@ -34,9 +36,12 @@ class MetricsLog:
         self._board: SummaryWriter | None = _new_board(self._folder, purge_step=resumed_step + 1)
         self._next_try = 0.0
         self._told: set[str] = set()
+        self.goodput: Goodput | None = None  # written with each line of steps once it is there
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Put named scalars at `step`. Names are `group/name`; TensorBoard shows a group together."""
+        if self.goodput is not None:
+            values = {**values, **self.goodput.add({"step": step, **values})}
         finite = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
         self._pending += json.dumps({"step": step, **finite}).encode() + b"\n"
         self._write_lines()

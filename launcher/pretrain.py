@@ -15,11 +15,15 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, NoReturn
 
-from launcher.launchers import leaving_with_launcher  # first: it notes who started this rank before torch takes seconds
+from launcher.launchers import (
+    leaving_with_launcher,
+    up_s,
+)  # first: it notes who started this rank before torch takes seconds
 
 # isort: split
 import torch
@@ -61,6 +65,7 @@ from parallel.mesh import (
 )
 from parallel.optim import lr_at
 from parallel.replicas import ReplicaError
+from runfiles.goodput import Goodput
 
 log = logging.getLogger("longhaul")
 
@@ -78,11 +83,13 @@ class Clock:
     step_s: float = 0.0
     data_wait_s: float = 0.0
     tokens: int = 0
+    recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=1000))  # each step's
 
     def add(self, step_s: float, tokens: int) -> None:
         self.steps += 1
         self.step_s += step_s
         self.tokens += tokens
+        self.recent_s.append(step_s)
 
 
 @dataclass(frozen=True)
@@ -321,6 +328,7 @@ def announce(
         "start",
         number=start,
         step=progress.step,
+        up_s=up_s(),
         world_size=mesh.world_size,
         zero_stage=cfg.parallel.zero_stage,
         device=device.name(),
@@ -330,6 +338,7 @@ def announce(
         cursor=loader.cursor() if cfg.data.stream is None else None,  # a stream cannot be audited
         skip=[entry.model_dump(mode="json", exclude_none=True) for entry in data.skip],
     )
+    metrics.goodput = Goodput(cfg.run_dir, time.time())
     metrics.write_text("config", f"```yaml\n{to_yaml(cfg)}\n```", progress.step)
     log.info(
         "%s: %s parameters on %d x %s, ZeRO %d, %s; steps %d to %d of %s tokens",
@@ -387,6 +396,7 @@ def log_step(
         "speed/tokens_per_s_per_device": tokens_per_s / mesh.world_size,
         "speed/tflops_per_device": flops / 1e12,
         "speed/step_time_s": clock.step_s / clock.steps,
+        "speed/median_step_time_s": median(clock.recent_s),
         "speed/data_wait_s": clock.data_wait_s / clock.steps,
         "system/peak_host_mem_gib": peak_host_mem_gib(),
         **ranks,
@@ -396,7 +406,7 @@ def log_step(
     if (gib := device.peak_mem_gib()) is not None:
         values["system/peak_device_mem_gib"] = gib
     metrics.write(progress.step, values)
-    left_s = (cfg.train.steps - progress.step) * clock.step_s / clock.steps
+    left_s = (cfg.train.steps - progress.step) * median(clock.recent_s)  # the first step of a start takes long
     shown = ["loss/train", "optim/grad_norm", "optim/lr", "speed/tokens_per_s", "speed/mfu", "speed/data_wait_s"]
     log.info("step %*d/%d  %s  left %s", len(str(cfg.train.steps)), progress.step, cfg.train.steps,
              describe(values, shown), f"{left_s / 60:.1f} min")  # fmt: skip

@@ -11,8 +11,9 @@ ALLOWED = {
     "model": {"model"},
     "data": {"data"},
     "parallel": {"parallel", "model"},
-    "launcher": {"launcher", "parallel", "model", "data"},
-    "cluster": {"cluster"},
+    "launcher": {"launcher", "parallel", "model", "data", "runfiles"},
+    "cluster": {"cluster", "runfiles"},
+    "runfiles": {"runfiles"},
 }
 # Packages that have one home; tests may use them too.
 HOMES = {

@@ -8,11 +8,13 @@ from xml.etree import ElementTree
 
 import pytest
 
+import runfiles.goodput
 from cluster import goodput
 from cluster.goodput import UNTOLD, read_status
 from cluster.report import html_page, ticks
 from cluster.slurm import JobState
 from cluster.status import describe, main
+from runfiles.goodput import PARTS, Goodput
 
 # Begun at 10 s, killed after step 18; begun again from step 10 at 50 s, finished at 80 s.
 JOBS = [
@@ -115,12 +117,16 @@ def test_a_run_under_way(run_dir, monkeypatch, jobs, ledger, slurm, state, parts
     assert [start.end for start in found.starts] == ends
 
 
+def steps_and_data(lines, saved):
+    parts = dict.fromkeys(PARTS, 0.0)
+    runfiles.goodput._add_lines(parts, lines, saved)
+    return parts["steps"], parts["data"]
+
+
 def test_steps_between_logged_ones_are_counted_from_where_they_were_begun():
     lines = [step(5), step(10), step(15)]
-    assert goodput._step_times(lines, []) == pytest.approx((15, 1.5))
-    assert goodput._step_times([step(15), step(20), step(15), step(25)], [12, 23]) == pytest.approx(
-        (3 + 5 + 3 + 2, 1.3)
-    )
+    assert steps_and_data(lines, []) == pytest.approx((13.5, 1.5))
+    assert steps_and_data([step(15), step(20), step(15), step(25)], [12, 23]) == pytest.approx((0.9 * 13, 1.3))
 
 
 def test_outside_slurm_the_ledger_and_the_lease_tell(run_dir):
@@ -200,3 +206,63 @@ def test_numbers_of_an_axis_are_round(low, high, expected):
     assert found[0] <= low
     assert found[-1] >= high
     assert found == pytest.approx(expected)
+
+
+def test_outside_slurm_a_start_tells_how_long_it_had_been_up(run_dir):
+    """A rewind begins a start in the same process; what was killed before left no end."""
+    (run_dir / "jobs.jsonl").unlink()
+    ledger = [
+        {"time": 15, "event": "start", "step": 0, "up_s": 5.0},
+        {"time": 20, "event": "rewind", "step": 6},
+        {"time": 22, "event": "start", "step": 5, "up_s": 12.0},
+        {"time": 60, "event": "start", "step": 10, "up_s": 6.5},
+        {"time": 80, "event": "finished", "step": 20},
+    ]
+    write(run_dir, [], ledger, 20)
+    found = read_status(run_dir, now=1e6)
+    assert (found.wall_s, found.parts_s["start-up"], found.parts_s["queue"]) == (70, 5 + 2 + 6.5, 0)
+    write(run_dir, [], [*ledger[:3], {"time": 30, "event": "start", "step": 10, "up_s": None}], 20)
+    assert read_status(run_dir, now=1e6).parts_s["start-up"] == 7
+
+
+def test_the_run_itself_adds_up_the_same_while_it_goes(run_dir):
+    """From the records of the starts before; the last start's lines come one by one."""
+    metrics = (run_dir / "metrics.jsonl").read_text().splitlines()[:-1]
+    (run_dir / "metrics.jsonl").write_text("\n".join(metrics[:10]))
+    write_lines(run_dir / "jobs.jsonl", JOBS[:4])
+    write_lines(run_dir / "ledger.jsonl", LEDGER[:3])
+    goodput = Goodput(run_dir, now=56.0)
+    shares = [goodput.add(line) for line in [*map(json.loads, metrics[10:]), {"step": 20, "speed/sample_time_s": 3.0}]]
+    assert shares[-3:] == [{}, {}, {}]  # a save, an evaluation, samples
+    last = goodput.add(speed(30))
+    assert sum(last.values()) == pytest.approx(1)
+    wall_s = 8 / last["goodput/badput_lost"]
+    assert wall_s >= 56
+    assert {name: share * wall_s for name, share in last.items() if "rest" not in name} == pytest.approx(
+        {
+            "goodput/goodput": 27,
+            "goodput/badput_data": 3,
+            "goodput/badput_checkpoint": 0.5,
+            "goodput/badput_evaluation": 5,
+            "goodput/badput_lost": 8,
+            "goodput/badput_start-up": 11,
+            "goodput/badput_queue": 20,
+        }
+    )
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_rank_that_is_slow_is_told_until_it_is_no_longer(run_dir):
+    slow = {"time": 70, "event": "straggler", "step": 15, "ranks": [3], "host": "n4", "own_s": 1.5, "median_s": 1.0}
+    node = {**slow, "ranks": [0, 1], "host": "n3"}
+    write(run_dir, JOBS, [*LEDGER[:3], slow, node, LEDGER[3]], 20)
+    text = "\n".join(describe(read_status(run_dir, now=75.0)))
+    assert "  slow since step 15: rank 3 on n4, 1.5 s of a step until it waits for others, the median 1 s\n" in text
+    assert "  slow since step 15: ranks 0 to 1 on n3, 1.5 s of a step" in text
+    write(run_dir, JOBS, [*LEDGER[:3], slow, node, {**slow, "event": "straggler_ended"}], 20)
+    assert [line[:33] for line in read_status(run_dir, now=75.0).slow] == ["since step 15: ranks 0 to 1 on n3"]
+    write(run_dir, JOBS, [LEDGER[0], slow, LEDGER[2]], 20)  # another start's
+    assert read_status(run_dir, now=75.0).slow == []

@@ -28,7 +28,12 @@ def make_run(run_dir: Path, steps: int, starts: tuple[int, ...] = (0,)) -> Path:
     add_event(run_dir, event="stopped", step=steps, signal=None)
     with open(run_dir / "metrics.jsonl", "w") as file:
         for step in range(1, steps + 1):
-            values = {"loss/train": 7 / step, "optim/grad_norm": 1 / 3, "speed/tokens_per_s": float(np.random.rand())}
+            values = {
+                "loss/train": 7 / step,
+                "optim/grad_norm": 1 / 3,
+                "speed/tokens_per_s": float(np.random.rand()),
+                "goodput/goodput": float(np.random.rand()),
+            }
             print(json.dumps({"step": step, **values}), file=file)
             print(json.dumps({"step": step, "data/epochs_text": 0.1 * step}), file=file)
         print(json.dumps({"step": steps, "loss/valid": 2.5}), file=file)

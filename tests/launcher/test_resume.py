@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from cluster.goodput import read_status
 from launcher import audit
 from runs import (
     assert_same_state,
@@ -177,7 +178,9 @@ def test_every_number_that_is_promised_is_written(undisturbed):
     assert names >= {
         "loss/train", "optim/lr", "optim/grad_norm", "progress/tokens", "optim/skipped_steps", "speed/tokens_per_s",
         "speed/tokens_per_s_per_device", "speed/step_time_s", "speed/data_wait_s", "system/peak_host_mem_gib",
-        "speed/checkpoint_stall_s", "loss/valid", "loss/valid_bits_per_byte", "loss/valid_perplexity",
+        "speed/checkpoint_stall_s", "speed/median_step_time_s", "speed/eval_time_s", "speed/sample_time_s",
+        "speed/slowest_rank", "speed/slowest_rank_excess", "speed/stragglers", "goodput/goodput",
+        "loss/valid", "loss/valid_bits_per_byte", "loss/valid_perplexity",
     }  # fmt: skip
     assert [line["progress/tokens"] for line in lines if "progress/tokens" in line] == [
         8 * 32 * (i + 1) for i in range(24)
@@ -201,5 +204,15 @@ def test_tensorboard_shows_one_curve_over_a_restart(undisturbed, corpus, tmp_pat
     assert [step for step, _ in points] == list(range(1, 25))
     expected = losses(undisturbed(1))
     assert all(abs(value - expected[step]) < 1e-6 for step, value in points)  # TensorBoard keeps fp32
+    # What status.py tells of the run is in the curves, too, from the first step of it to the last.
+    shares = {name: board.Scalars(name) for name in board.Tags()["scalars"] if name.startswith("goodput/")}
+    assert {len(curve) for curve in shares.values()} == {24}
+    assert all(sum(curve[i].value for curve in shares.values()) == pytest.approx(1, abs=1e-3) for i in range(24))
+    told = read_status(tmp_path / "runs/test", 0.0)
+    last = next(line for line in reversed(metrics(tmp_path / "runs/test")) if "loss/train" in line)
+    for part in ("lost", "start-up", "data"):
+        assert last[f"goodput/badput_{part}"] * told.wall_s >= told.parts_s[part]  # the wall time is not over yet
+    assert min(told.parts_s[part] for part in ("lost", "start-up", "evaluation")) > 0
+    assert last["goodput/goodput"] == pytest.approx(told.goodput, rel=0.2)
     assert {"config/text_summary", "sample/0/text_summary"} <= set(board.Tags()["tensors"])
     assert len((tmp_path / "runs/test/metrics.superseded.jsonl").read_text().splitlines()) >= 1

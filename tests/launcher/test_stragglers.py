@@ -119,6 +119,7 @@ def test_a_share_that_is_none_is_refused(tmp_path, share):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(10)
 def test_a_rank_that_really_is_slow_is_named_by_the_run(corpus, tmp_path):
     """Rank 1 of two is slow from step 21 to 70; before, and well after, nobody is."""
     recipe, run_dir = write_recipe(tmp_path, corpus), tmp_path / "runs/test"

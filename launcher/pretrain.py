@@ -47,7 +47,7 @@ from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, refuse_other_
 from launcher.saving import Progress, Saves, resume
 from launcher.signals import StopFlag, signal_name
 from launcher.stragglers import Stragglers
-from launcher.watchdog import ALLOWANCE_S, Watchdog
+from launcher.watchdog import ALLOWANCE_S, Watchdog, is_effect
 from model.transformer import Transformer
 from parallel import device
 from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps
@@ -541,7 +541,9 @@ def main(argv: list[str]) -> int:
             print(hide(f"pretrain: {error}"), file=sys.stderr)
         return 2
     except Exception as error:  # so that it is in the rank's log, too, and without secrets
-        log.critical("%s: %s", type(error).__name__, error, exc_info=True)
+        effect = is_effect(error) and log.isEnabledFor(logging.INFO)  # told by the rank that is the cause
+        level = logging.INFO if effect else logging.CRITICAL
+        log.log(level, "%s: %s", type(error).__name__, error, exc_info=True)
         return 1
 
 

@@ -41,6 +41,7 @@ SILENT_BEATS = 3  # without a heartbeat: the rank does not answer
 LOST_STORE = 5  # beats in a row that the store may refuse to answer
 ANSWER_S = 3.0  # for an answer of the store; a machine that is stopped gives none
 _FAILURE = "watchdog/failure"
+_EFFECT = "The cause: "
 
 
 class _Peer(NamedTuple):
@@ -98,7 +99,8 @@ class Watchdog:
     def failed(self, error: BaseException) -> str:
         """Call with what ends this rank; returns the cause: of the rank that failed first, which may be another.
 
-        A broken connection is an effect: whose end it was is waited for, some beats at most.
+        A broken connection is an effect: whose end it was is waited for, some beats at most. The error has the cause as a
+        note then (is_effect).
         """
         what = f"{type(error).__name__}: {error}"
         if isinstance(error, RuntimeError):
@@ -108,8 +110,12 @@ class Watchdog:
                 time.sleep(BEAT_S / 10)
             if self._failure() is None:
                 self._blame_silent(before, what)
-        self._record(f"{self._name(self._mesh.rank)} failed first, in {self._where()}: {what}")
-        return self._failure() or what
+        mine = f"{self._name(self._mesh.rank)} failed first, in {self._where()}: {what}; traceback in {_log_file()}"
+        self._record(mine)
+        cause = self._failure() or what
+        if cause not in (what, hide(mine)[:2000]):
+            error.add_note(f"{_EFFECT}{cause}")
+        return cause
 
     @property
     def hosts(self) -> list[str]:
@@ -341,10 +347,24 @@ class Watchdog:
         os._exit(1)
 
 
+def is_effect(error: BaseException) -> bool:
+    """Whether the watchdog has found that another rank's failure is the cause."""
+    return any(note.startswith(_EFFECT) for note in getattr(error, "__notes__", ()))
+
+
+def _log_files() -> list[logging.FileHandler]:
+    """This rank's, from when its logging is configured."""
+    return [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+
+
+def _log_file() -> str:
+    return next((f"logs/{Path(handler.baseFilename).name}" for handler in _log_files()), "its output")
+
+
 def _dump_stacks() -> None:
     """The Python stacks of all threads into this rank's log file."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.FileHandler) and handler.stream is not None:
+    for handler in _log_files():
+        if handler.stream is not None:
             handler.flush()
             with contextlib.suppress(OSError, ValueError):
                 faulthandler.dump_traceback(handler.stream, all_threads=True)

@@ -185,6 +185,12 @@ def test_an_error_on_one_rank_is_the_cause_that_all_tell(corpus, tmp_path):
     assert "failed first, in forward of step 7, samples 48 to 55: ZeroDivisionError: division by zero" in text
     failed = [event for event in Ledger(tmp_path / "runs/test").events() if event["event"] == "failed"]
     assert re.match(r"rank 1 on \S+ failed first, in forward of step 7", failed[0]["error"])
+    assert failed[0]["error"].endswith(
+        "ZeroDivisionError: division by zero; traceback in logs/start-0001-rank-00001.log"
+    )
+    own, effect = (stacks(tmp_path / "runs/test", rank) for rank in (1, 0))
+    assert own.endswith("\nZeroDivisionError: division by zero\n")
+    assert effect.endswith(f"\nThe cause: {failed[0]['error']}\n")
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher import audit
+from launcher import audit, watchdog
 from launcher.run_dir import Ledger
 from launcher.signals import StopFlag
-from launcher.watchdog import OomKills, Watchdog
+from launcher.watchdog import OomKills, Watchdog, is_effect
 from runs import (
     PRETRAIN,
     SCRIPTS,
@@ -367,12 +367,18 @@ class Lone:
 
 
 def test_the_first_failure_stays_the_cause(monkeypatch):
+    monkeypatch.setattr(watchdog, "_log_files", list)  # pytest has one of its own
     watch = Watchdog(Lone(), 60, StopFlag())
     watch.enter("step", 7, (48, 56))
     host = watch._peers[0].host
-    first = watch.failed(ValueError("no such thing"))
-    assert first == f"rank 0 on {host} failed first, in step of step 7, samples 48 to 55: ValueError: no such thing"
-    assert watch.failed(KeyError("later")) == first
+    own, later = ValueError("no such thing"), KeyError("later")
+    first = watch.failed(own)
+    assert first == (
+        f"rank 0 on {host} failed first, in step of step 7, samples 48 to 55: ValueError: no such thing; traceback in its "
+        "output"
+    )
+    assert watch.failed(later) == first
+    assert (is_effect(own), is_effect(later), later.__notes__) == (False, True, [f"The cause: {first}"])
     watch.close()
 
 

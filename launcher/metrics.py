@@ -7,8 +7,11 @@ import os
 import re
 import resource
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -18,6 +21,28 @@ log = logging.getLogger(__name__)
 
 _EVENTS = re.compile(r"(events\.out\.tfevents\.)\d{10}(\..*)")
 RETRY_S = 60.0  # between tries to draw again, after TensorBoard's folder could not be written
+
+
+@dataclass
+class Clock:
+    """Where the time of some steps went, seconds; evaluation and checkpoints are not in it."""
+
+    steps: int = 0
+    step_s: float = 0.0
+    data_wait_s: float = 0.0
+    tokens: int = 0
+    recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=1000))  # each step's
+
+    def add(self, step_s: float, tokens: int) -> None:
+        self.steps += 1
+        self.step_s += step_s
+        self.tokens += tokens
+        self.recent_s.append(step_s)
+
+    @property
+    def usual_step_s(self) -> float:
+        """The median of the last ones; the first step of a start takes many times as long."""
+        return median(self.recent_s)
 
 
 class MetricsLog:

@@ -15,9 +15,8 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, NoReturn
 
 from launcher.launchers import (
@@ -39,7 +38,7 @@ from launcher.config import ConfigError, RunConfig, load_config, to_yaml
 from launcher.evaluation import evaluate, write_samples
 from launcher.lease import Lease, LeaseLost, sole_writer
 from launcher.limits import LimitError, allow_files, check_threads
-from launcher.metrics import MetricsLog, describe, peak_flops, peak_host_mem_gib
+from launcher.metrics import Clock, MetricsLog, describe, peak_flops, peak_host_mem_gib
 from launcher.read_log import ReadLog
 from launcher.redaction import HidingFormatter, hide
 from launcher.run_data import AnyLoader, RunData, open_data
@@ -73,23 +72,6 @@ WATCHED_S = 30.0  # that a collective may last beyond parallel.timeout_s: in it 
 # What all ranks raise together, having agreed on it: no rank's own failure.
 ALIKE = (StreamEnd, FloatingPointError, ReplicaError, CheckpointError, LeaseLost)
 STOPPED = 75  # EX_TEMPFAIL: saved and not finished; whoever started it may start it again
-
-
-@dataclass
-class Clock:
-    """Where the time of some steps went, seconds; evaluation and checkpoints are not in it."""
-
-    steps: int = 0
-    step_s: float = 0.0
-    data_wait_s: float = 0.0
-    tokens: int = 0
-    recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=1000))  # each step's
-
-    def add(self, step_s: float, tokens: int) -> None:
-        self.steps += 1
-        self.step_s += step_s
-        self.tokens += tokens
-        self.recent_s.append(step_s)
 
 
 @dataclass(frozen=True)
@@ -396,7 +378,7 @@ def log_step(
         "speed/tokens_per_s_per_device": tokens_per_s / mesh.world_size,
         "speed/tflops_per_device": flops / 1e12,
         "speed/step_time_s": clock.step_s / clock.steps,
-        "speed/median_step_time_s": median(clock.recent_s),
+        "speed/median_step_time_s": clock.usual_step_s,
         "speed/data_wait_s": clock.data_wait_s / clock.steps,
         "system/peak_host_mem_gib": peak_host_mem_gib(),
         **ranks,
@@ -406,7 +388,7 @@ def log_step(
     if (gib := device.peak_mem_gib()) is not None:
         values["system/peak_device_mem_gib"] = gib
     metrics.write(progress.step, values)
-    left_s = (cfg.train.steps - progress.step) * median(clock.recent_s)  # the first step of a start takes long
+    left_s = (cfg.train.steps - progress.step) * clock.usual_step_s
     shown = ["loss/train", "optim/grad_norm", "optim/lr", "speed/tokens_per_s", "speed/mfu", "speed/data_wait_s"]
     log.info("step %*d/%d  %s  left %s", len(str(cfg.train.steps)), progress.step, cfg.train.steps,
              describe(values, shown), f"{left_s / 60:.1f} min")  # fmt: skip

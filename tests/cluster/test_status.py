@@ -155,6 +155,13 @@ def test_a_run_that_has_nothing_yet(run_dir):
     assert describe(found) == [f"{run_dir}: not started", "  step 0  saved 0  tokens 0"]
 
 
+def test_what_is_left_goes_by_the_usual_step(run_dir):
+    """The mean of the first ones has a slow one in it."""
+    write_lines(run_dir / "metrics.jsonl", [{**speed(10), "speed/step_time_s": 9.0, "speed/median_step_time_s": 2.0}])
+    write_lines(run_dir / "ledger.jsonl", LEDGER[:1])
+    assert read_status(run_dir, now=60.0).left_s == 20.0
+
+
 def test_values_that_are_not_finite_are_left_out(run_dir):
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write("\n" + json.dumps({**speed(21), "loss/train": "nan"}) + "\n")

@@ -1,14 +1,19 @@
 """A run does not end for its numbers: a folder that fails under way is told once, and written again when it can be."""
 
 import json
+import logging
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from launcher import metrics as module
 from launcher import pretrain
+from launcher.config import load_config
 from launcher.metrics import MetricsLog
+from launcher.saving import Progress
+from parallel.engine import UpdateResult
 from runs import PRETRAIN, metrics, start, wait_for_step, write_recipe
 
 
@@ -151,3 +156,17 @@ def test_a_run_whose_folder_fails_under_way(tmp_path, corpus):
     assert text.count("TensorBoard in ") == 1
     assert json.loads((run_dir / "ledger.jsonl").read_text().splitlines()[-1])["event"] == "finished"
     assert f"step {300}/300" in text
+
+
+def test_the_time_that_is_left_is_that_of_a_usual_step(tmp_path, caplog, monkeypatch):
+    """The first step of a start takes many times as long."""
+    monkeypatch.setattr(pretrain.log, "level", logging.INFO)
+    cfg = load_config(str(write_recipe(tmp_path, tmp_path)), ["log.every=4"])
+    clock, log = pretrain.Clock(), MetricsLog(tmp_path, 0)
+    for step_s in (300.0, 60.0, 61.0, 60.0):
+        clock.add(step_s, tokens=256)
+    stats = pretrain.Stats([], 6.0, UpdateResult(1.0, True), None)
+    pretrain.log_step(cfg, SimpleNamespace(world_size=1), log, Progress(step=4), stats, clock, {})
+    assert "step  4/24  loss 6 " in caplog.text
+    assert "left 20.2 min" in caplog.text
+    assert metrics(tmp_path)[0]["speed/median_step_time_s"] == 60.5

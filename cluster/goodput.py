@@ -12,8 +12,8 @@ import yaml
 
 from cluster.records import saved_step
 from cluster.slurm import JobState, job_state
-from runfiles.goodput import MARKS, where_time_went
-from runfiles.lines import number, read_events, read_metrics
+from launcher.goodput import MARKS, where_time_went
+from launcher.lines import number, read_events, read_metrics
 
 ALIVE_S = 60.0  # since the last heartbeat of who writes to the run's folder
 UNTOLD = "nothing tells its end: SLURM took it off its nodes, or it was killed"

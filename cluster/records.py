@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runfiles.lines import read_events as read_events
-from runfiles.lines import read_lines as read_lines
+from launcher.lines import read_events as read_events
+from launcher.lines import read_lines as read_lines
 
 MARGIN_S = 60  # SLURM's clock for warnings has this grain
 SAVES = 3  # times as long as the slowest of the last saves

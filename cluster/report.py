@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from cluster.goodput import Status, duration, summary
-from runfiles.goodput import PARTS
+from launcher.goodput import PARTS
 
 COLORS = {"steps": "#1b7f4b", "data": "#8cc9a6", "checkpoint": "#2f6db5", "evaluation": "#9cc3e8", "lost": "#c0392b",
           "start-up": "#e0a030", "queue": "#b9b9b9", "rest": "#6b6b6b"}  # fmt: skip

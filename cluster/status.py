@@ -10,8 +10,8 @@ from pathlib import Path
 
 from cluster.goodput import Status, duration, read_status, summary
 from cluster.report import html_page
-from runfiles.goodput import PARTS
-from runfiles.lines import read_metrics
+from launcher.goodput import PARTS
+from launcher.lines import read_metrics
 
 
 def describe(status: Status) -> list[str]:

@@ -23,7 +23,7 @@ from parallel.mesh import LaunchError, Mesh
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("launcher", "model", "data", "parallel", "runfiles")
+PACKAGES = ("launcher", "model", "data", "parallel")
 LIBRARIES = ("torch", "deepspeed", "numpy", "transformers", "sentencepiece", "safetensors")
 SHOWN = 5  # differences in a message
 

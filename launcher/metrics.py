@@ -15,7 +15,7 @@ from statistics import median
 
 from torch.utils.tensorboard import SummaryWriter
 
-from runfiles.goodput import Goodput
+from launcher.goodput import Goodput
 
 log = logging.getLogger(__name__)
 

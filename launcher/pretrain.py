@@ -36,6 +36,7 @@ from launcher.agreement import agree_on_folder, agree_on_start
 from launcher.bad_steps import BadStep, Judge, Rewind
 from launcher.config import ConfigError, RunConfig, load_config, to_yaml
 from launcher.evaluation import evaluate, write_samples
+from launcher.goodput import Goodput
 from launcher.lease import Lease, LeaseLost, sole_writer
 from launcher.limits import LimitError, allow_files, check_threads
 from launcher.metrics import Clock, MetricsLog, describe, peak_flops, peak_host_mem_gib
@@ -64,7 +65,6 @@ from parallel.mesh import (
 )
 from parallel.optim import lr_at
 from parallel.replicas import ReplicaError
-from runfiles.goodput import Goodput
 
 log = logging.getLogger("longhaul")
 

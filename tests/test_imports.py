@@ -1,6 +1,7 @@
 """Who may import whom: one direction only, so that the model can be built without ranks and data without DeepSpeed."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,8 @@ ALLOWED = {
     "model": {"model"},
     "data": {"data"},
     "parallel": {"parallel", "model"},
-    "launcher": {"launcher", "parallel", "model", "data", "runfiles"},
-    "cluster": {"cluster", "runfiles"},
-    "runfiles": {"runfiles"},
+    "launcher": {"launcher", "parallel", "model", "data"},
+    "cluster": {"cluster", "launcher"},
 }
 # Packages that have one home; tests may use them too.
 HOMES = {
@@ -23,6 +23,10 @@ HOMES = {
     "sentencepiece": {"data"},
     "datasets": {"data"},
 }
+
+
+# What cluster/ may import of launcher/: it runs on login nodes, where only Python and PyYAML need be.
+FOR_CLUSTER = {"launcher.goodput", "launcher.lines"}
 
 
 def imported_names(path: Path) -> Iterator[str]:
@@ -40,6 +44,18 @@ def test_import_direction(folder):
     for path in (ROOT / folder).rglob("*.py"):
         used = {name.split(".")[0] for name in imported_names(path)} & ALLOWED.keys()
         assert used <= ALLOWED[folder], f"{path} imports {sorted(used - ALLOWED[folder])}"
+
+
+def test_cluster_needs_python_and_yaml_alone():
+    for path in (ROOT / "cluster").rglob("*.py"):
+        used = {".".join(name.split(".")[:2]) for name in imported_names(path) if name.startswith("launcher")}
+        assert used <= FOR_CLUSTER | {"launcher"}, (
+            f"{path} imports {sorted(used)}; of launcher/ it may use {FOR_CLUSTER}"
+        )
+    paths = [*(ROOT / "cluster").rglob("*.py"), *(ROOT / f"{name.replace('.', '/')}.py" for name in FOR_CLUSTER)]
+    for path in paths:
+        roots = {name.split(".")[0] for name in imported_names(path)} - {"cluster", "launcher", "yaml"}
+        assert roots <= sys.stdlib_module_names, f"{path} imports {sorted(roots - sys.stdlib_module_names)}"
 
 
 @pytest.mark.parametrize("package", HOMES)

@@ -8,13 +8,13 @@ from xml.etree import ElementTree
 
 import pytest
 
-import runfiles.goodput
+import launcher.goodput
 from cluster import goodput
 from cluster.goodput import UNTOLD, read_status
 from cluster.report import html_page, ticks
 from cluster.slurm import JobState
 from cluster.status import describe, main
-from runfiles.goodput import PARTS, Goodput
+from launcher.goodput import PARTS, Goodput
 
 # Begun at 10 s, killed after step 18; begun again from step 10 at 50 s, finished at 80 s.
 JOBS = [
@@ -119,7 +119,7 @@ def test_a_run_under_way(run_dir, monkeypatch, jobs, ledger, slurm, state, parts
 
 def steps_and_data(lines, saved):
     parts = dict.fromkeys(PARTS, 0.0)
-    runfiles.goodput._add_lines(parts, lines, saved)
+    launcher.goodput._add_lines(parts, lines, saved)
     return parts["steps"], parts["data"]
 
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runfiles.lines import number, read_events, read_metrics
+from launcher.lines import number, read_events, read_metrics
 
 # Where time goes; what is measured nowhere is the rest.
 PARTS = {

@@ -1,1 +1,0 @@
-"""What a run's folder tells, for launcher/ and cluster/ alike; standard library alone."""

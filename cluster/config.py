@@ -29,11 +29,26 @@ class Container:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """What each node must show before a start."""
+
+    enabled: bool = True
+    within_s: int = 300  # loading libraries from a shared disk takes most of it
+    free_disk_gb: float = 1.0  # where the run lies, and in scratch
+    clock_s: float = 5.0  # from the batch host's; with three nodes or more from the median
+    free_device_memory: float = 0.9  # share of an accelerator's
+    speed: float = 0.5  # of the median of the nodes; with three nodes or more
+    matmul_tflops: float = 0.0  # of each device, at least
+    all_reduce_gb_s: float = 0.0  # with the same device of a neighbour, at least
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """What is asked of SLURM, and what its nodes need to be told. What is None is left to SLURM."""
 
     nodes: int
     time: str  # limit of one start, as SLURM writes it: "24:00:00", "2-00:00:00"; the job requeues itself until it is done
+    min_nodes: int | None = None  # with which it starts when there are no more; None: all of `nodes`
     gpus_per_node: int = 0
     tasks_per_node: int | None = None  # ranks; None: one for each GPU
     cpus_per_task: int | None = None
@@ -52,6 +67,7 @@ class ClusterConfig:
     scratch: str | None = None  # a folder on each node's own disk, for temporary files and compiled kernels
     cache: str | None = None  # a folder that all nodes see, for what Hugging Face libraries download
     container: Container | None = None
+    preflight: Preflight = field(default_factory=Preflight)
     sbatch: list[str] = field(default_factory=list)  # further options of sbatch, "--exclusive"
 
     @property
@@ -61,6 +77,10 @@ class ClusterConfig:
     @property
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
+
+    @property
+    def least_nodes(self) -> int:
+        return self.nodes if self.min_nodes is None else self.min_nodes
 
     @property
     def time_s(self) -> int:
@@ -144,6 +164,14 @@ def _value(hint: Any, value: Any, where: str, wrong: list[str]) -> Any:
         if isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
             return value
         expected = 'names with texts (numbers in quotes: "1")'
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+        expected = "true or false"
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf"):
+            return float(value)
+        expected = "a number, 0 or more"
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
@@ -164,6 +192,13 @@ def _judge(cfg: ClusterConfig) -> list[str]:
         value = getattr(cfg, name)
         if value is not None and value < least:
             wrong.append(f"{name}: got {value}; expected {least} or more")
+    if not 1 <= cfg.least_nodes <= cfg.nodes:
+        wrong.append(f"min_nodes: got {cfg.min_nodes}; expected 1 to {cfg.nodes}, which is nodes")
+    if cfg.preflight.within_s < 30:
+        wrong.append(f"preflight.within_s: got {cfg.preflight.within_s}; expected 30 or more")
+    for name in ("free_device_memory", "speed"):
+        if not getattr(cfg.preflight, name) < 1:
+            wrong.append(f"preflight.{name}: got {getattr(cfg.preflight, name):g}; expected a share, below 1")
     if not cfg.ranks_per_node:
         wrong.append(
             "gpus_per_node: got 0 and no tasks_per_node; give one of the two: it is the number of ranks of a node"

@@ -109,10 +109,13 @@ def starts_of(ledger: list[dict[str, Any]], jobs: list[dict[str, Any]], runs: bo
     found = []
     begins = [event for event in jobs if event["event"] == "begin"]
     ends = {(event["job"], event["restart"]): event["verdict"] for event in jobs if event["event"] == "end"}
+    left_out = {(e["job"], e["restart"]): e["left_out"] for e in jobs if e["event"] == "preflight"}
     for event in begins:
         key = (event["job"], event["restart"])
         running = runs and event is begins[-1]
-        found.append(Start(float(event["time"]), *key, event["nodes"], event["saved_step"],
+        without = "; ".join(f"{node}: {why}" for node, why in left_out.get(key, {}).items())
+        nodes = event["nodes"] + (f" without {without}" if without else "")
+        found.append(Start(float(event["time"]), *key, nodes, event["saved_step"],
                            ends.get(key, "" if running else UNTOLD)))  # fmt: skip
     if begins:
         return found

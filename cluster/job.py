@@ -1,6 +1,9 @@
 """Inside a job: start the ranks, have them stop in time, requeue the job until the run is finished. Called by job.sh.
 
-    job.py --run-dir RUN --lead-s 300 --max-failures 3 -- srun … launcher/pretrain.py …
+    job.py --run-dir RUN --lead-s 300 --max-failures 3 … -- srun … launcher/pretrain.py …
+    job.py … --preflight '{…}' -- srun … launcher/preflight.py … -- srun … launcher/pretrain.py …
+
+Nodes that fail the pre-flight are left out where enough others remain, and excluded when the job is requeued.
 
 The ranks save and leave on SIGUSR1, which this forwards and repeats. It is sent by SLURM before the time limit or a
 preemption, by a person (`scancel --batch --signal=USR1 JOB`), or by this program itself when the time limit is near and
@@ -10,6 +13,7 @@ nobody has. What happened, and what was decided, is one line of RUN/jobs.jsonl a
 import argparse
 import contextlib
 import fcntl
+import json
 import os
 import random
 import re
@@ -24,18 +28,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from cluster.config import Preflight
+from cluster.nodes import Chosen, Needs, choose, hostnames, on_nodes, requeue, to_exclude, write_hostfile
 from cluster.records import heartbeat, lead_for, note, read_events, saved_step
 from cluster.slurm import JobState, job_state
 
 ASK_EVERY_S = 2.0  # SIGUSR1 again, as ranks that are just starting ignore it
 LISTEN_EVERY_S = 10.0  # whether the ranks still hold the run's folder
-ENDED_S, SILENT_S = (
-    120.0,
-    900.0,
-)  # since their last heartbeat, if they told their end, or not; then srun is not waited for
+# since their last heartbeat, if they told their end, or not: then srun is not waited for
+ENDED_S, SILENT_S = 120.0, 900.0
 LOOK_EVERY_S = 120.0  # at the time that is left, which may be changed from outside
 GRAIN_S = 120  # a warning this much earlier than asked for is still of the time limit
-REQUEUE_TRIES, REQUEUE_PAUSE_S = 10, 30.0
 PORTS = range(20_000, 30_000)  # below those that the system gives to outgoing connections
 STOPPED, REFUSED = 75, 2  # exit codes of launcher/pretrain.py
 TIME_LIMIT = "the time limit is near"
@@ -235,62 +238,102 @@ def read_output(path: Path | None, offset: int, at_most: int = 200_000) -> str:
         return ""
 
 
-def requeue(job: str) -> str | None:
-    """Have SLURM start the job again; it ends this one. Returns what SLURM says where it does not."""
-    for remaining in reversed(range(REQUEUE_TRIES)):
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-        if done.returncode == 0 or not remaining:
-            break
-        time.sleep(REQUEUE_PAUSE_S)  # the controller may just be starting anew
-    return done.stderr.strip() if done.returncode else None
-
-
-def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    own, _, command = ("\0".join(argv)).partition("\0--\0")
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[list[str]]]:
+    """The options, and the commands: that which starts the ranks is the last, before it may be that which measures nodes."""
+    own, *commands = "\0".join(argv).split("\0--\0", 1)
     parser = argparse.ArgumentParser(prog="cluster/job.py", description=__doc__, usage="%(prog)s … -- COMMAND …")
     parser.add_argument("--run-dir", required=True, type=Path)
     parser.add_argument("--lead-s", required=True, type=int, help="seconds before the time limit to save and stop")
     parser.add_argument("--max-failures", required=True, type=int, help="starts in a row that save nothing")
+    parser.add_argument("--node-counts", required=True, type=_numbers, help="on how many nodes the run can be, 2,4")
+    parser.add_argument("--tasks-per-node", required=True, type=int, help="that srun starts")
     parser.add_argument("--interface", help="network interface over which the ranks meet")
+    parser.add_argument("--slots", type=int, help="write RUN/hostfile with as many for each node")
+    parser.add_argument(
+        "--preflight", type=_limits, help="what each node must show, JSON; a command before that of the ranks"
+    )
+    parser.add_argument("--devices", type=int, default=0, help="accelerators that each node must have then")
     args = parser.parse_args(own.split("\0"))
-    if not command:
-        parser.error("expected -- and the command that starts the ranks")
-    return args, command.split("\0")
+    if commands and args.preflight:
+        commands = commands[0].split("\0--\0", 1)
+    if len(commands) != (2 if args.preflight else 1):
+        parser.error(f"expected -- and {'two commands' if args.preflight else 'the command that starts the ranks'}")
+    return args, [command.split("\0") for command in commands]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _limits(text: str) -> Preflight:
+    return Preflight(**json.loads(text))
 
 
 def main(argv: list[str]) -> int:
-    args, command = parse_arguments(argv)
+    args, commands = parse_arguments(argv)
     job, restart = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     if not job:
         print("job.py: no SLURM_JOB_ID; this runs inside a job: sbatch RUN/job.sh", file=sys.stderr)
         return REFUSED
     asked = Asked()
-    ledger = args.run_dir / "ledger.jsonl"
-    before = read_events(ledger)
+    before = read_events(args.run_dir / "ledger.jsonl")
     try:
-        address, port = meeting_place(args.interface)
+        place = meeting_place(args.interface)
     except OSError as error:
         print(f"job.py: {error}", file=sys.stderr)
         return REFUSED
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
-    note(args.run_dir, "begin", job=job, restart=restart, nodes=nodes, master=f"{address}:{port}",
-         saved_step=saved_step(before))  # fmt: skip
-    print(f"job.py: job {job}, restart {restart}, on {nodes}; the ranks meet at {address}:{port}", flush=True)
-    output = output_of_this_start()
-    ranks = subprocess.Popen(command)
-    code = attend(ranks, args.run_dir, job, lead_for(before, args.lead_s), asked)
-    now = job_state(job)
-    why = TIME_LIMIT if now.reason == "TimeLimit" else asked.why  # which SLURM ends with SIGTERM
-    end = judge(code, why, before, read_events(ledger), read_output(*output))
+    nodelist = os.environ.get("SLURM_JOB_NODELIST", "")
+    note(args.run_dir, "begin", job=job, restart=restart, nodes=nodelist, saved_step=saved_step(before))
+    print(f"job.py: job {job}, restart {restart}, on {nodelist}", flush=True)
+    chosen = choose(
+        hostnames(nodelist), args.node_counts, commands[0] if args.preflight else None, args.preflight or Preflight(),
+        Needs(args.devices, args.interface), run_dir=args.run_dir, job=job, restart=restart, place=place, ports=PORTS,
+        stop=lambda: asked.signal_number != 0,
+    )  # fmt: skip
+    if chosen.used:
+        code, end, now = start(
+            on_nodes(commands[-1], chosen.used, args.tasks_per_node), chosen, args, job, asked, before
+        )
+    else:
+        code, end, now = 1, not_started(chosen, asked, saved_step(before)), job_state(job)
     in_vain = 0 if end.progress else starts_in_vain(args.run_dir, job) + (not end.blameless)
     verdict = decide(end, in_vain, args.max_failures, now)
-    note(args.run_dir, "end", job=job, restart=restart, code=code, kind=end.kind, cause=end.cause,
-         saved_step=end.saved_step, progress=end.progress, blameless=end.blameless, verdict=verdict.text)  # fmt: skip
-    print(f"job.py: {verdict.text}", flush=True)
-    if verdict.requeue and (refused := requeue(job)) is not None:
+    excluded, exclude = (
+        to_exclude(args.run_dir, job, chosen.left_out, args.node_counts) if verdict.requeue else ([], None)
+    )
+    text = verdict.text + (f", without {', '.join(excluded)}" if excluded else "")
+    note(
+        args.run_dir, "end", job=job, restart=restart, code=code, kind=end.kind, cause=end.cause, saved_step=end.saved_step,
+        progress=end.progress, blameless=end.blameless, excluded=excluded, verdict=text,
+    )  # fmt: skip
+    print(f"job.py: {text}", flush=True)
+    if verdict.requeue and (refused := requeue(job, exclude)) is not None:
         print(f"job.py: scontrol requeue {job}: {refused}; submit {args.run_dir / 'job.sh'} again", file=sys.stderr)
     return verdict.code
+
+
+def not_started(chosen: Chosen, asked: Asked, saved: int) -> End:
+    if asked.signal_number:
+        name = signal.Signals(asked.signal_number).name
+        return End("stopped", f"{name} to the job before its ranks were started", saved, False, True)
+    return End("failed", chosen.cause, saved, False)
+
+
+def start(
+    command: list[str], chosen: Chosen, args: argparse.Namespace, job: str, asked: Asked, before: list[dict[str, Any]]
+) -> tuple[int, End, JobState]:
+    """One start of the ranks, to its end: exit code, how it ended, and what SLURM then says of the job."""
+    address, port = chosen.place
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    if args.slots:
+        write_hostfile(args.run_dir / "hostfile", chosen.used, args.slots)
+    print(f"job.py: ranks on {','.join(chosen.used)}; the ranks meet at {address}:{port}", flush=True)
+    output = output_of_this_start()
+    code = attend(subprocess.Popen(command), args.run_dir, job, lead_for(before, args.lead_s), asked)
+    now = job_state(job)
+    why = TIME_LIMIT if now.reason == "TimeLimit" else asked.why  # which SLURM ends with SIGTERM
+    end = judge(code, why, before, read_events(args.run_dir / "ledger.jsonl"), read_output(*output))
+    return code, end, now
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The job script: what a person would write, read, edit and submit by hand. A pure function of its inputs."""
 
+import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 from cluster.config import ClusterConfig
@@ -10,17 +12,21 @@ WAIT_S = 60  # after the first rank has ended; the others still save, and must n
 
 
 def job_script(
-    cfg: ClusterConfig, *, name: str, run_dir: Path, cwd: Path, python: str, arguments: list[str], lead_s: int
-) -> str:
-    """run_dir, cwd: absolute. arguments: of launcher/pretrain.py. lead_s: seconds before the time limit to stop."""
+    cfg: ClusterConfig, *, name: str, run_dir: Path, cwd: Path, python: str, arguments: list[str], lead_s: int,
+    node_counts: list[int],
+) -> str:  # fmt: skip
+    """run_dir, cwd: absolute. arguments: of launcher/pretrain.py. lead_s: seconds before the time limit to stop.
+
+    node_counts: on how many nodes the run can be.
+    """
     by_node = cfg.launch == "deepspeed"
     tasks = 1 if by_node else cfg.ranks_per_node
     cpus = cfg.cpus_per_task and cfg.cpus_per_task * (cfg.ranks_per_node if by_node else 1)
     options = {
-        "job-name": name, "nodes": cfg.nodes, "ntasks-per-node": tasks, "gpus-per-node": cfg.gpus_per_node or None,
-        "cpus-per-task": cpus, "time": cfg.time, "partition": cfg.partition, "account": cfg.account, "qos": cfg.qos,
-        "reservation": cfg.reservation, "exclude": cfg.exclude, "signal": f"B:USR1@{lead_s}", "requeue": True,
-        "open-mode": "append", "chdir": cwd, "output": str(run_dir).replace("%", "%%") + "/logs/slurm-%j.out",
+        "job-name": name, **_places(cfg, tasks, cpus), "time": cfg.time, "partition": cfg.partition,
+        "account": cfg.account, "qos": cfg.qos, "reservation": cfg.reservation, "exclude": cfg.exclude,
+        "signal": f"B:USR1@{lead_s}", "requeue": True, "open-mode": "append", "chdir": cwd,
+        "output": str(run_dir).replace("%", "%%") + "/logs/slurm-%j.out",
     }  # fmt: skip
     lines = ["#!/bin/bash"]
     for option, value in options.items():
@@ -34,41 +40,66 @@ def job_script(
         f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
         *(f"export {key}={shlex.quote(value)}" for key, value in _environment(cfg).items()),
     ]
-    if cfg.scratch:
-        lines.append(f"mkdir -p {shlex.quote(cfg.scratch)}")
+    before = 'trap "" USR1; ' + (f"mkdir -p {shlex.quote(cfg.scratch)}; " if cfg.scratch else "")
     inside = cfg.container.python if cfg.container else python
     ranks = [inside, str(ROOT / "launcher/pretrain.py"), *arguments]
-    srun = ["srun", f"--ntasks-per-node={tasks}", *([f"--cpus-per-task={cpus}"] if cpus else []), f"--wait={WAIT_S}"]
+    srun = ["srun", f"--ntasks-per-node={tasks}", *([f"--cpus-per-task={cpus}"] if cpus else []), f"--wait={WAIT_S}",
+            *_pyxis(cfg)]  # fmt: skip
     if by_node:
         hostfile = shlex.quote(str(run_dir / "hostfile"))
-        lines.append(
-            f"scontrol show hostnames \"$SLURM_JOB_NODELIST\" | sed 's/$/ slots={cfg.ranks_per_node}/' >{hostfile}"
-        )
         each = (
-            f'trap "" USR1; exec {_container(cfg)}{shlex.quote(inside)} -m deepspeed.launcher.runner --hostfile '
+            f"{before}exec {_container(cfg)}{shlex.quote(inside)} -m deepspeed.launcher.runner --hostfile "
             f"{hostfile} --no_ssh --node_rank $SLURM_NODEID --master_addr $MASTER_ADDR --master_port $MASTER_PORT "
             '"$@"'
         )
         ranks = ranks[1:]
     else:
-        each = f'trap "" USR1; exec {_container(cfg)}"$@"'
-    if cfg.container and cfg.container.kind == "pyxis":
-        srun.append(f"--container-image={cfg.container.image}")
-        if cfg.container.mounts:
-            srun.append(f"--container-mounts={','.join(cfg.container.mounts)}")
+        each = f'{before}exec {_container(cfg)}"$@"'
     job = [python, str(ROOT / "cluster/job.py"), "--run-dir", str(run_dir), "--lead-s", str(lead_s),
-           "--max-failures", str(cfg.max_failures)]  # fmt: skip
+           "--max-failures", str(cfg.max_failures), "--node-counts", ",".join(map(str, node_counts)),
+           "--tasks-per-node", str(tasks)]  # fmt: skip
     if cfg.network_interface:
         job += ["--interface", cfg.network_interface]
+    if by_node:
+        job += ["--slots", str(cfg.ranks_per_node)]
+    if cfg.preflight.enabled:
+        job += ["--devices", str(cfg.gpus_per_node), "--preflight", json.dumps(asdict(cfg.preflight))]
     lines += [
         "",
-        "# Starts the ranks, has them save and stop before the time limit, and requeues the job until the run is finished.",
+        "# Starts the ranks on the nodes that are good, has them save and stop before the time limit, and requeues the job",
+        "# until the run is finished.",
         f"exec {shlex.join(job)} -- \\",
+        *(_preflight(cfg, run_dir, inside, f'{before}exec {_container(cfg)}"$@"') if cfg.preflight.enabled else []),
         # until a rank can save, a request to stop must not end it; it is repeated
         f"  {shlex.join(srun)} bash -c {shlex.quote(each)} rank \\",
         f"  {shlex.join(ranks)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _places(cfg: ClusterConfig, tasks: int, cpus: int | None) -> dict[str, object]:
+    """What is asked for; whole nodes where their number may vary, as SLURM would give as few as hold the tasks."""
+    gpus = {"gpus-per-node": cfg.gpus_per_node or None}
+    if cfg.least_nodes == cfg.nodes:
+        return {"nodes": cfg.nodes, "ntasks-per-node": tasks, **gpus, "cpus-per-task": cpus}
+    return {"nodes": f"{cfg.least_nodes}-{cfg.nodes}", **gpus, "mincpus": cpus and cpus * tasks, "exclusive": True}
+
+
+def _preflight(cfg: ClusterConfig, run_dir: Path, python: str, each: str) -> list[str]:
+    """Lines that start launcher/preflight.py, one task a node, with all that the node has."""
+    cpus = cfg.cpus_per_task and cfg.cpus_per_task * cfg.ranks_per_node
+    srun = ["srun", "--overlap", "--ntasks-per-node=1", *([f"--cpus-per-task={cpus}"] if cpus else []), "--wait=0",
+            "--kill-on-bad-exit=0", *_pyxis(cfg)]  # fmt: skip
+    node = [python, str(ROOT / "launcher/preflight.py"), f"--folder={run_dir}"]
+    node += [f"--folder={cfg.scratch}"] if cfg.scratch else []
+    return [f"  {shlex.join(srun)} bash -c {shlex.quote(each)} node \\", f"  {shlex.join(node)} -- \\"]
+
+
+def _pyxis(cfg: ClusterConfig) -> list[str]:
+    if cfg.container is None or cfg.container.kind != "pyxis":
+        return []
+    mounts = [f"--container-mounts={','.join(cfg.container.mounts)}"] if cfg.container.mounts else []
+    return [f"--container-image={cfg.container.image}", *mounts]
 
 
 def _environment(cfg: ClusterConfig) -> dict[str, str]:

@@ -66,7 +66,7 @@ def submit(args: argparse.Namespace) -> int:
         )
     text = job_script(
         cfg, name=run["name"], run_dir=run_dir, cwd=Path.cwd(), python=cfg.python or sys.executable,
-        arguments=arguments, lead_s=lead_s,
+        arguments=arguments, lead_s=lead_s, node_counts=run["node_counts"],
     )  # fmt: skip
     if args.dry_run:
         print(text, end="")
@@ -83,9 +83,13 @@ def submit(args: argparse.Namespace) -> int:
         raise ClusterError(f"sbatch refuses {path}: {queued.stderr.strip()}")
     job = queued.stdout.strip().splitlines()[-1].split(";")[0]
     note(run_dir, "submitted", job=job, script=str(path))
+    counts = run["node_counts"]
+    unused = sorted(set(range(cfg.least_nodes, cfg.nodes)) - set(counts))
     print(
-        f"queued: job {job}, {cfg.nodes} nodes of {cfg.ranks_per_node} ranks, {cfg.time} a start\n"
-        f"  its script    {path}\n"
+        f"queued: job {job}, {' or '.join(map(str, reversed(counts)))} nodes of {cfg.ranks_per_node} ranks, "
+        f"{cfg.time} a start\n"
+        + (f"  not on {', '.join(map(str, unused))} nodes, over which the batch does not divide\n" if unused else "")
+        + f"  its script    {path}\n"
         f"  its output    {run_dir / 'logs' / f'slurm-{job}.out'}\n"
         f"  stop it       scancel {job}"
     )
@@ -94,7 +98,9 @@ def submit(args: argparse.Namespace) -> int:
 
 def check_run(cfg: ClusterConfig, arguments: list[str], write_nothing: bool) -> dict[str, Any]:
     """Have launcher/check.py judge the run as its ranks will: its folder, name, and whether it is finished."""
-    command = [sys.executable, str(ROOT / "launcher/check.py"), "--ranks", str(cfg.ranks), *arguments]
+    fewer = {n * cfg.ranks_per_node: n for n in range(cfg.least_nodes, cfg.nodes)}
+    command = [sys.executable, str(ROOT / "launcher/check.py"), "--ranks", str(cfg.ranks), *arguments,
+               *(f"--fewer-ranks={ranks}" for ranks in fewer)]  # fmt: skip
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [*command, "--write-nothing"] if write_nothing else command,
@@ -106,7 +112,13 @@ def check_run(cfg: ClusterConfig, arguments: list[str], write_nothing: bool) -> 
         raise ClusterError(f"{shlex.join(command)} failed:\n{done.stderr.strip()[-2000:]}")
     run = json.loads(done.stdout.strip().splitlines()[-1])
     assert isinstance(run, dict)
-    return run
+    counts = [*(fewer[ranks] for ranks in run["fewer_ranks"]), cfg.nodes]
+    if cfg.least_nodes not in counts:
+        raise ClusterError(
+            f"min_nodes: got {cfg.min_nodes}; the batch does not divide over {cfg.least_nodes * cfg.ranks_per_node} ranks; "
+            f"numbers of nodes that do are {', '.join(map(str, counts))}"
+        )
+    return {**run, "node_counts": counts}
 
 
 def refuse_second_job(run_dir: Path) -> None:

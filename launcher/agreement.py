@@ -4,11 +4,9 @@ that drift.
 
 import json
 import logging
-import platform
 import socket
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,13 @@ import xxhash
 
 from launcher.config import RunConfig, flat
 from launcher.lease import Lease
+from launcher.program import program
 from launcher.redaction import hide
 from parallel.checkpoint import SEEN_S
 from parallel.mesh import LaunchError, Mesh
 
 log = logging.getLogger(__name__)
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("launcher", "model", "data", "parallel")
-LIBRARIES = ("torch", "deepspeed", "numpy", "transformers", "sentencepiece", "safetensors")
 SHOWN = 5  # differences in a message
 
 
@@ -80,15 +76,5 @@ def _holds(path: Path, text: str) -> bool:
 
 def _facts(cfg: RunConfig, left_out: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """What must be the same everywhere, by a name for people."""
-    files = [path for package in PACKAGES for path in sorted((ROOT / package).glob("*.py"))]
-    code = {f"{path.relative_to(ROOT)}": xxhash.xxh3_64_hexdigest(path.read_bytes()) for path in files}
     config = {f"config {key}": value for key, value in flat(cfg.model_dump(mode="json")).items()}
-    libraries = {name: _version(name) for name in LIBRARIES}
-    return {**code, **config, **libraries, "Python": platform.python_version(), "rewinds": [list(s) for s in left_out]}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+    return {**program(), **config, "rewinds": [list(s) for s in left_out]}

@@ -1,8 +1,8 @@
 """Refuse a run before it is queued: `python launcher/check.py --config R --ranks 16 [section.key=value …]`.
 
 What launcher/pretrain.py would refuse at its start, but for what only the machine that computes can tell: recipe, data,
-another run in its folder, space for a checkpoint. The last line is JSON: run_dir, name, finished. Exit code 2 where the
-run is refused.
+another run in its folder, space for a checkpoint. The last line is JSON: run_dir, name, finished, and which of
+--fewer-ranks the batch divides over. Exit code 2 where the run is refused.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import os
 import sys
 
 from data.errors import DataError
-from launcher.config import ConfigError, load_config
+from launcher.config import ConfigError, RunConfig, load_config
 from launcher.limits import LimitError
 from launcher.pretrain import begin_logging, open_again, refuse_stop_behind
 from launcher.redaction import hide
@@ -28,6 +28,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="recipe, a YAML file")
     parser.add_argument("--ranks", required=True, type=int, help="that the run will have")
+    parser.add_argument(
+        "--fewer-ranks", action="append", type=int, default=[], help="that it may have, too; of several each"
+    )
     parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="as launcher/pretrain.py")
     parser.add_argument("--write-nothing", action="store_true", help="do not make the run's folder")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
@@ -52,8 +55,18 @@ def main(argv: list[str]) -> int:
     except (ConfigError, DataError, RunDirError, LimitError) as error:
         print(hide(str(error)), file=sys.stderr)
         return 2
-    print(json.dumps({"run_dir": os.path.abspath(cfg.run_dir), "name": cfg.run.name, "finished": finished}))
+    fewer = [ranks for ranks in args.fewer_ranks if divides(cfg, ranks)]
+    told = {"run_dir": os.path.abspath(cfg.run_dir), "name": cfg.run.name, "finished": finished, "fewer_ranks": fewer}
+    print(json.dumps(told))
     return 0
+
+
+def divides(cfg: RunConfig, ranks: int) -> bool:
+    try:
+        cfg.grad_accum_steps(ranks)
+    except ConfigError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

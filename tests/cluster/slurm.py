@@ -154,6 +154,14 @@ class Cluster:
                 "--mount-proc", "bash", self.folder / "node.sh", node, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
             )  # fmt: skip
 
+    def on_node(self, node: str, *command: object) -> str:
+        """Run as a process of the node, with its mounts."""
+        (pid,) = _pids(["slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf")])
+        words = ["nsenter", f"--target={pid}", "--mount", "--net", "--uts", "--pid", "--", *map(str, command)]
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, f"{words}: {done.stdout}"
+        return done.stdout
+
     def kill_slurmd(self, node: str) -> None:
         """End the daemon alone; what runs on the node goes on."""
         (self.folder / f"{node}.hold").touch()
@@ -166,6 +174,7 @@ class Cluster:
         """No job, all nodes back: for the next test."""
         for node in NODES:
             self.restore(node)
+            self.run("scontrol", "update", f"node={node}", "state=resume", code=None)
             (self.folder / f"{node}.hold").unlink(missing_ok=True)
         self.run("scancel", "--full", "--user=root", code=None)
         self.run("scancel", "--signal=KILL", "--user=root", code=None)
@@ -176,13 +185,19 @@ class Cluster:
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in paths)
 
 
-def _kill(words: list[str]) -> None:
-    """SIGKILL for the one process of these words, in whichever namespace it is."""
+def _pids(words: list[str]) -> list[int]:
+    """Of the processes of these words, in whichever namespace they are."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended
             if path.read_bytes().decode(errors="replace").rstrip("\0").split("\0") == words:
                 found.append(int(path.parent.name))
+    return found
+
+
+def _kill(words: list[str]) -> None:
+    """SIGKILL for the one process of these words."""
+    found = _pids(words)
     assert len(found) == 1, f"{words}: {found}"
     os.kill(found[0], signal.SIGKILL)
 

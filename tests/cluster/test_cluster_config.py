@@ -22,7 +22,7 @@ def write(folder, text):
 def script(cfg, **changes):
     return job_script(
         cfg, **{"name": "try", "run_dir": Path("/runs/a b/100%"), "cwd": Path("/work"), "python": "/env/bin/python",
-                "arguments": ["--config=r.yaml", "run.name=it's"], "lead_s": 300, **changes}
+                "arguments": ["--config=r.yaml", "run.name=it's"], "lead_s": 300, "node_counts": [2], **changes}
     )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def script(cfg, **changes):
     [
         ("{nodes: 1, tasks_per_node: 1, time: '60', partion: x}", ["partion: no such key; did you mean partition?"]),
         ("{nodes: 1, tasks_per_node: 1, time: '60', xyzzy: x}",
-         ["xyzzy: no such key; known here: nodes, time, gpus_per_node"]),
+         ["xyzzy: no such key; known here: nodes, time, min_nodes, gpus_per_node"]),
         ("{}", ["nodes: missing; it has no default", "time: missing; it has no default"]),
         ("{nodes: 2, gpus_per_node: 8, time: 24:00:00}",
          ['time: got 86400; expected a text, in quotes, as YAML reads 24:00:00 as a number: "24:00:00"']),
@@ -52,6 +52,12 @@ def script(cfg, **changes):
          ["container.kind: got 'docker'; expected apptainer or pyxis",
           "container.imag: no such key; did you mean container.image?",
           "container.image: missing"]),
+        ("{nodes: 2, gpus_per_node: 1, time: '60', preflight: {enabled: 1, within_s: 5, clock_s: -1, sped: 1}}",
+         ["preflight.enabled: got 1; expected true or false", "preflight.clock_s: got -1; expected a number, 0 or more",
+          "preflight.sped: no such key; did you mean preflight.speed?"]),
+        ("{nodes: 2, gpus_per_node: 1, time: '60', min_nodes: 3, preflight: {within_s: 5, speed: 1.5}}",
+         ["min_nodes: got 3; expected 1 to 2, which is nodes", "preflight.within_s: got 5; expected 30 or more",
+          "preflight.speed: got 1.5; expected a share, below 1"]),
         ("[1]", ["expected keys such as nodes: and time:; got list"]),
         ("{a: [", ["not YAML"]),
     ],
@@ -98,6 +104,11 @@ def test_shells_accept_the_script(tmp_path, variant):
         assert done.returncode == 0, done.stdout
 
 
+# what job.py does with the two commands: one after the other
+JOB = """while [ "$1" != -- ]; do shift; done; shift; first=()
+while [ "$1" != -- ]; do first+=("$1"); shift; done; shift; "${first[@]}"; "$@\""""
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_ranks_get_their_command_word_for_word(tmp_path, variant):
     """Run for real, with programs of these names that write down what they were given."""
@@ -108,29 +119,29 @@ def test_the_ranks_get_their_command_word_for_word(tmp_path, variant):
     programs = {
         "srun": 'while [ "$1" != bash ]; do shift; done\n"$@"',  # as one task
         "apptainer": 'printf "%s|" inside "$@" >&3; while [ "$1" != python ]; do shift; done\n"$@"',
-        "scontrol": "echo n1; echo n2",
         "module": "true",
-        "python": 'case $1 in *job.py) while [ "$1" != -- ]; do shift; done; shift; "$@";; *) printf "%s|" "$@";; esac',
+        "python": f"case $1 in *job.py) {JOB};; *) printf '%s|' \"$@\"; echo;; esac",
     }
     for name, body in programs.items():
         (bin_dir / name).write_text(f"#!/bin/bash\n{body}\n")
         (bin_dir / name).chmod(0o755)
     text = script(cfg, run_dir=run_dir, python=str(bin_dir / "python")).replace("/tmp/s p", str(tmp_path / "s p"))
-    env = {"PATH": f"{bin_dir}:/usr/bin:/bin", "SLURM_NODEID": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "7",
-           "SLURM_JOB_NODELIST": "n[1-2]"}  # fmt: skip
+    env = {"PATH": f"{bin_dir}:/usr/bin:/bin", "SLURM_NODEID": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "7"}
     done = subprocess.run(
         ["bash", "-c", f'exec 3>{tmp_path}/outer; eval "$0"', text], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     pretrain = [str(ROOT / "launcher/pretrain.py"), "--config=r.yaml", "run.name=it's"]
+    preflight, ranks = (line.rstrip("|").split("|") for line in done.stdout.splitlines())
+    assert preflight[:2] == [str(ROOT / "launcher/preflight.py"), f"--folder={run_dir}"]
+    assert preflight[2:] == ([f"--folder={tmp_path / 's p'}"] if cfg.scratch else [])
     if cfg.launch == "deepspeed":
-        assert done.stdout.rstrip("|").split("|") == [
+        assert ranks == [
             "-m", "deepspeed.launcher.runner", "--hostfile", str(run_dir / "hostfile"), "--no_ssh", "--node_rank", "1",
             "--master_addr", "n1", "--master_port", "7", *pretrain,
         ]  # fmt: skip
-        assert (run_dir / "hostfile").read_text() == "n1 slots=2\nn2 slots=2\n"
     else:
-        assert done.stdout.rstrip("|").split("|") == pretrain
+        assert ranks == pretrain
     if variant == "apptainer":
         outer = (tmp_path / "outer").read_text().rstrip("|").split("|")
         assert outer[:7] == ["inside", "exec", "--nv", "--bind", "/a b:/c", "my image.sif", "python"]
@@ -146,6 +157,11 @@ def test_what_sbatch_is_asked_for(tmp_path):
         "--partition=p", "--account=a", "--qos=q", "--reservation=r", "--exclude=n[1-2]", "--signal=B:USR1@300",
         "--requeue", "--open-mode=append", "--chdir=/work", '--output="/runs/a b/100%%/logs/slurm-%j.out"', "--mem=0",
     ]  # fmt: skip
+    less = load_cluster(write(tmp_path, "{nodes: 4, min_nodes: 2, gpus_per_node: 8, cpus_per_task: 3, time: '60'}"))
+    text = script(less, node_counts=[2, 4])
+    assert "#SBATCH --nodes=2-4\n#SBATCH --gpus-per-node=8\n#SBATCH --mincpus=24\n#SBATCH --exclusive\n" in text
+    assert "--ntasks-per-node=8\n#" not in text  # with these SLURM gives as few nodes as hold the tasks
+    assert " --node-counts 2,4 --tasks-per-node 8 " in text
     assert "srun --ntasks-per-node=8 --cpus-per-task=3 --wait=60" in script(
         cfg
     )  # srun takes no --cpus-per-task from its job

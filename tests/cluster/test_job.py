@@ -127,11 +127,15 @@ def test_an_interface_that_is_not_there_is_named():
         job.meeting_place("ib7")
 
 
+OPTIONS = ["--run-dir=x", "--lead-s=3", "--max-failures=3", "--node-counts=1,2", "--tasks-per-node=1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--run-dir=x", "--lead-s=3", "--max-failures=3"], "expected -- and the command that starts the ranks"),
-        (["--run-dir=x", "--lead-s=3", "--max-failures=3", "--", "true"], "no SLURM_JOB_ID; this runs inside a job"),
+        (OPTIONS, "expected -- and the command that starts the ranks"),
+        ([*OPTIONS, "--preflight={}", "--", "srun", "true"], "expected -- and two commands"),
+        ([*OPTIONS, "--", "srun", "true"], "no SLURM_JOB_ID; this runs inside a job"),
     ],
 )
 def test_refusals(arguments, message):

@@ -4,32 +4,21 @@ Each test ends in `same_as_undisturbed`: losses, weights and moments equal, each
 and every batch read again and compared.
 """
 
-import contextlib
 import os
 import re
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster.goodput import read_status
-from jobs import records, submit
+from jobs import RUN, output, ranks, reach, records, standing_still, submit
 from launcher import audit
-from runs import PRETRAIN, assert_same_state, losses, run, torchrun, write_recipe
-from slurm import Cluster, wait_until
+from runs import assert_same_state, losses, run, torchrun, write_recipe
+from slurm import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-# Enough micro-batches that a step takes a while: there must be time to disturb it.
-RUN = (
-    "train.steps=40",
-    "train.global_batch_size=64",
-    "train.micro_batch_size=1",
-    "checkpoint.every=15",
-    "eval.every=0",
-)
 
 
 @pytest.fixture(scope="module")
@@ -47,25 +36,6 @@ def same_as_undisturbed(run_dir: Path, undisturbed: Path) -> None:
     told = read_status(run_dir, time.time())
     assert (told.state, told.step, len(told.starts)) == ("finished", 40, len(records(run_dir, "begin")))
     assert sum(told.parts_s.values()) == pytest.approx(told.wall_s)  # or a time was counted twice
-
-
-def reach(cluster: Cluster, job: str, run_dir: Path, step: int, timeout: float = 180) -> None:
-    """Until the run has logged the step; fails at once where the job ends before."""
-
-    def reached() -> bool:
-        path = run_dir / "metrics.jsonl"
-        if path.exists() and re.search(rf'"step": {step}\b', path.read_text()):
-            return True
-        state = cluster.state(job)
-        assert state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), f"{state}\n{output(run_dir, job)}"
-        return False
-
-    wait_until(reached, timeout, lambda: output(run_dir, job))
-
-
-def output(run_dir: Path, job: str) -> str:
-    path = run_dir / f"logs/slurm-{job}.out"
-    return path.read_text(errors="replace")[-6000:] if path.exists() else "no output"
 
 
 @pytest.mark.fault(24, 26)
@@ -271,30 +241,3 @@ def test_a_refusal_is_not_repeated(cluster, corpus, tmp_path):
     (end,) = records(run_dir, "end")
     assert end["kind"] == "refused"
     assert "not requeued, as it would be refused again: pretrain: " in end["verdict"]
-
-
-def ranks(folder: Path) -> list[int]:
-    """Process ids of the ranks, on whichever node, as this machine numbers them."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it has ended
-            continue
-        program = [word for word in command[1:] if word not in ("-u", "")]
-        if program and program[0].endswith(PRETRAIN) and f"--config={folder / 'test.yaml'}" in command:
-            found.append(int(path.parent.name))
-    return sorted(found)
-
-
-@contextlib.contextmanager
-def standing_still(folder: Path) -> Iterator[None]:
-    """The ranks do, in the block."""
-    stopped = ranks(folder)
-    for pid in stopped:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in stopped:
-            os.kill(pid, signal.SIGCONT)

@@ -69,3 +69,17 @@ def test_without_slurm_only_the_script_is_to_be_had(corpus, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment(PATH="/nowhere"), capture_output=True, text=True)
     assert done.returncode == 2
     assert "sinfo is not here; call this on a node of a SLURM cluster" in done.stderr
+
+
+def test_min_nodes_is_a_number_that_the_batch_divides_over(corpus, tmp_path):
+    recipe = write_recipe(tmp_path, corpus)
+
+    def dry(nodes, min_nodes, batch):
+        changes, override = {"nodes": nodes, "min_nodes": min_nodes}, f"train.global_batch_size={batch}"
+        command = submit_command(tmp_path, recipe, override, "--dry-run", **changes)
+        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+    refused = dry(3, 2, 6)
+    assert refused.returncode == 2
+    assert "min_nodes: got 2; the batch does not divide over 2 ranks; numbers of nodes that do are 3" in refused.stderr
+    assert " --node-counts 2,4 " in dry(4, 2, 8).stdout

@@ -44,7 +44,7 @@ ROWS = {
     26: Row("a signal in each phase of a run"),
     27: Row("a signal to one rank alone"),
     28: Row("the time limit passes without a signal"),
-    29: Row("a node that loses its power or its slurmd"),
+    29: Row("a node that is drained or down, or loses its power or its slurmd"),
     30: Row("a job that fails at the same step again and again"),
     31: Row("preemption by another job"),
     32: Row("the network is cut"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.agreement import PACKAGES
+from launcher.program import PACKAGES
 from launcher.run_dir import Ledger
 from runs import PRETRAIN, ROOT, environment, free_port, write_recipe
 

@@ -38,6 +38,8 @@ EXCEPTIONS = {
     ("cluster/report.py", "time.localtime"): "when a page was written, for people",
     ("cluster/report.py", "time.strftime"): "the same",
     ("cluster/goodput.py", "st_mtime"): "whether somebody writes to the run, where SLURM does not tell",
+    ("cluster/preflight.py", "time.time"): "told to the nodes of a job, which compare their own with it",
+    ("launcher/preflight.py", "time.time"): "the same: a node whose clock is wrong is left out",
     ("data/corpus.py", "st_mtime_ns"): "a shard newer than its manifest is compared with its hash",
 }
 

@@ -28,33 +28,22 @@ def job_script(
         "signal": f"B:USR1@{lead_s}", "requeue": True, "open-mode": "append", "chdir": cwd,
         "output": str(run_dir).replace("%", "%%") + "/logs/slurm-%j.out",
     }  # fmt: skip
-    lines = ["#!/bin/bash"]
-    for option, value in options.items():
-        if value is not None:
-            lines.append(f"#SBATCH --{option}" + ("" if value is True else f"={_sbatch_quote(str(value))}"))
-    lines += [f"#SBATCH {option}" for option in cfg.sbatch]
-    lines += [
-        "# Written by cluster/submit.py. It may be edited, and submitted by hand: sbatch " + str(run_dir / "job.sh"),
-        *(f"module load {shlex.quote(module)}" for module in cfg.modules),
-        "set -euo pipefail",
-        f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        *(f"export {key}={shlex.quote(value)}" for key, value in _environment(cfg).items()),
-    ]
+    lines = begin_script(cfg, options, run_dir / "job.sh")
     before = 'trap "" USR1; ' + (f"mkdir -p {shlex.quote(cfg.scratch)}; " if cfg.scratch else "")
     inside = cfg.container.python if cfg.container else python
     ranks = [inside, str(ROOT / "launcher/pretrain.py"), *arguments]
     srun = ["srun", f"--ntasks-per-node={tasks}", *([f"--cpus-per-task={cpus}"] if cpus else []), f"--wait={WAIT_S}",
-            *_pyxis(cfg)]  # fmt: skip
+            *pyxis(cfg)]  # fmt: skip
     if by_node:
         hostfile = shlex.quote(str(run_dir / "hostfile"))
         each = (
-            f"{before}exec {_container(cfg)}{shlex.quote(inside)} -m deepspeed.launcher.runner --hostfile "
+            f"{before}exec {in_container(cfg)}{shlex.quote(inside)} -m deepspeed.launcher.runner --hostfile "
             f"{hostfile} --no_ssh --node_rank $SLURM_NODEID --master_addr $MASTER_ADDR --master_port $MASTER_PORT "
             '"$@"'
         )
         ranks = ranks[1:]
     else:
-        each = f'{before}exec {_container(cfg)}"$@"'
+        each = f'{before}exec {in_container(cfg)}"$@"'
     job = [python, str(ROOT / "cluster/job.py"), "--run-dir", str(run_dir), "--lead-s", str(lead_s),
            "--max-failures", str(cfg.max_failures), "--node-counts", ",".join(map(str, node_counts)),
            "--tasks-per-node", str(tasks)]  # fmt: skip
@@ -69,7 +58,7 @@ def job_script(
         "# Starts the ranks on the nodes that are good, has them save and stop before the time limit, and requeues the job",
         "# until the run is finished.",
         f"exec {shlex.join(job)} -- \\",
-        *(_preflight(cfg, run_dir, inside, f'{before}exec {_container(cfg)}"$@"') if cfg.preflight.enabled else []),
+        *(_preflight(cfg, run_dir, inside, f'{before}exec {in_container(cfg)}"$@"') if cfg.preflight.enabled else []),
         # until a rank can save, a request to stop must not end it; it is repeated
         f"  {shlex.join(srun)} bash -c {shlex.quote(each)} rank \\",
         f"  {shlex.join(ranks)}",
@@ -89,17 +78,35 @@ def _preflight(cfg: ClusterConfig, run_dir: Path, python: str, each: str) -> lis
     """Lines that start launcher/preflight.py, one task a node, with all that the node has."""
     cpus = cfg.cpus_per_task and cfg.cpus_per_task * cfg.ranks_per_node
     srun = ["srun", "--overlap", "--ntasks-per-node=1", *([f"--cpus-per-task={cpus}"] if cpus else []), "--wait=0",
-            "--kill-on-bad-exit=0", *_pyxis(cfg)]  # fmt: skip
+            "--kill-on-bad-exit=0", *pyxis(cfg)]  # fmt: skip
     node = [python, str(ROOT / "launcher/preflight.py"), f"--folder={run_dir}"]
     node += [f"--folder={cfg.scratch}"] if cfg.scratch else []
     return [f"  {shlex.join(srun)} bash -c {shlex.quote(each)} node \\", f"  {shlex.join(node)} -- \\"]
 
 
-def _pyxis(cfg: ClusterConfig) -> list[str]:
+def pyxis(cfg: ClusterConfig) -> list[str]:
+    """Options of srun."""
     if cfg.container is None or cfg.container.kind != "pyxis":
         return []
     mounts = [f"--container-mounts={','.join(cfg.container.mounts)}"] if cfg.container.mounts else []
     return [f"--container-image={cfg.container.image}", *mounts]
+
+
+def begin_script(cfg: ClusterConfig, options: dict[str, object], path: Path) -> list[str]:
+    """The lines until the work begins: options of sbatch (None: left out), modules, environment."""
+    lines = ["#!/bin/bash"]
+    for option, value in options.items():
+        if value is not None:
+            lines.append(f"#SBATCH --{option}" + ("" if value is True else f"={_sbatch_quote(str(value))}"))
+    lines += [f"#SBATCH {option}" for option in cfg.sbatch]
+    lines += [
+        f"# Written by cluster/submit.py. It may be edited, and submitted by hand: sbatch {path}",
+        *(f"module load {shlex.quote(module)}" for module in cfg.modules),
+        "set -euo pipefail",
+        f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *(f"export {key}={shlex.quote(value)}" for key, value in _environment(cfg).items()),
+    ]
+    return lines
 
 
 def _environment(cfg: ClusterConfig) -> dict[str, str]:
@@ -117,7 +124,8 @@ def _environment(cfg: ClusterConfig) -> dict[str, str]:
     return found | cfg.env
 
 
-def _container(cfg: ClusterConfig) -> str:
+def in_container(cfg: ClusterConfig) -> str:
+    """What to put before a command of the nodes."""
     if cfg.container is None or cfg.container.kind != "apptainer":
         return ""
     words = ["apptainer", "exec", *(["--nv"] if cfg.gpus_per_node else [])]

@@ -33,12 +33,14 @@ class JobState:
 
 
 def job_state(job: str) -> JobState:
+    """Of an array, that of a task that lives, if there is one."""
     try:
         done = command("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T|%r|%L")
     except ClusterError:
         return JobState()
-    found = done.stdout.strip().split("|")
-    return JobState(found[0], found[1], parse_time(found[2])) if len(found) == 3 else JobState()
+    rows = [line.split("|") for line in done.stdout.split("\n")]
+    found = [JobState(row[0].strip(), row[1], parse_time(row[2].strip())) for row in rows if len(row) == 3]
+    return next((task for task in found if task.lives), found[0] if found else JobState())
 
 
 def refuse_what_slurm_lacks(cfg: ClusterConfig) -> None:

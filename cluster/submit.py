@@ -1,7 +1,8 @@
 """Submit a run once: `python cluster/submit.py --cluster configs/cluster/two.yaml --config configs/gpt3-1.3b.yaml`.
 
-Writes the job script into the run's folder and queues it; the job requeues itself until the run is finished. Refuses,
-with exit code 2 and before anything is queued, what can be known to fail.
+Writes the job script into the run's folder and queues it; the job requeues itself until the run is finished. With
+`--job prepare` an array that makes the recipe's corpus, a part on each node; with `--job evaluate` one that evaluates the
+run's checkpoints. Refuses, with exit code 2 and before anything is queued, what can be known to fail.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import slurm
+from cluster.arrays import evaluate_script, prepare_script
 from cluster.config import ClusterConfig, ClusterError, load_cluster
 from cluster.records import lead_for, note, read_events
 from cluster.script import ROOT, job_script
@@ -29,6 +31,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cluster", required=True, help="cluster file, YAML; configs/cluster/ has some to copy")
     parser.add_argument("--config", required=True, help="recipe, a YAML file")
     parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="as launcher/pretrain.py")
+    parser.add_argument("--job", choices=("pretrain", "prepare", "evaluate"), default="pretrain")
+    parser.add_argument("--steps", metavar="N,N…", help="evaluate: of which checkpoints; all that have no result yet if not "
+                        "given")  # fmt: skip
+    parser.add_argument("--data", action="append", default=[], metavar="PATH", help="evaluate: on these texts or this "
+                        "corpus, not what the run's corpus holds out; may be repeated, and needs a --save")  # fmt: skip
+    parser.add_argument("--save", metavar="NAME", help="evaluate: name of the results, held-out if not given")
     parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     return parser.parse_intermixed_args(argv)
@@ -45,19 +53,12 @@ def main(argv: list[str]) -> int:
 
 def submit(args: argparse.Namespace) -> int:
     cfg = load_cluster(args.cluster)
+    if args.job != "evaluate" and (args.steps or args.data or args.save):
+        raise ClusterError(f"--steps, --data and --save belong to --job evaluate; this is --job {args.job}")
+    if args.job != "pretrain":
+        return submit_array(cfg, args)
     arguments = [f"--config={args.config}", *(f"--allow-change={key}" for key in args.allow_change), *args.overrides]
-    wrong, run = [], {}
-    try:
-        run = check_run(cfg, arguments, args.dry_run)
-    except ClusterError as error:
-        wrong.append(str(error))
-    if not args.dry_run:
-        try:
-            slurm.refuse_what_slurm_lacks(cfg)
-        except ClusterError as error:
-            wrong.append(f"{args.cluster}: {error}")
-    if wrong:
-        raise ClusterError("\n".join(wrong))
+    run = check_all(cfg, args, arguments)
     run_dir = Path(run["run_dir"])
     lead_s = lead_for(read_events(run_dir / "ledger.jsonl"), cfg.lead_s)
     if lead_s >= cfg.time_s:
@@ -75,14 +76,7 @@ def submit(args: argparse.Namespace) -> int:
         raise ClusterError(f"{run_dir} is finished; nothing to queue")
     refuse_second_job(run_dir)
     path = write_script(run_dir, text)
-    tested = slurm.command("sbatch", "--test-only", str(path))
-    if tested.returncode:
-        raise ClusterError(f"sbatch refuses {path}: {tested.stderr.strip()}")
-    queued = slurm.command("sbatch", "--parsable", str(path))
-    if queued.returncode:
-        raise ClusterError(f"sbatch refuses {path}: {queued.stderr.strip()}")
-    job = queued.stdout.strip().splitlines()[-1].split(";")[0]
-    note(run_dir, "submitted", job=job, script=str(path))
+    job = queue(run_dir, path)
     counts = run["node_counts"]
     unused = sorted(set(range(cfg.least_nodes, cfg.nodes)) - set(counts))
     print(
@@ -96,8 +90,83 @@ def submit(args: argparse.Namespace) -> int:
     return 0
 
 
+def submit_array(cfg: ClusterConfig, args: argparse.Namespace) -> int:
+    arguments = [f"--config={args.config}", *args.overrides]
+    asked = [
+        f"--job={args.job}",
+        *([f"--steps={args.steps}"] if args.steps else []),
+        *(f"--data={path}" for path in args.data),
+    ]
+    if args.data and not args.save:
+        raise ClusterError("--data needs a name for its results, such as --save wiki; held-out is the run's own")
+    save = args.save or "held-out"
+    found = check_all(cfg, args, [*arguments, *asked, f"--save={save}"])
+    common: dict[str, Any] = {"name": found["name"], "cwd": Path.cwd(), "python": cfg.python or sys.executable}
+    if args.job == "prepare":
+        if found["finished"]:
+            raise ClusterError(f"{found['corpus']} is whole; nothing to queue")
+        folder, corpus = Path(found["corpus"] + ".slurm"), Path(found["corpus"])
+        text = prepare_script(cfg, folder=folder, corpus=corpus, arguments=arguments, **common)
+        what = f"{cfg.nodes} parts of {found['units']} units"
+    else:
+        if not found["steps"]:
+            raise ClusterError(
+                f"all checkpoints of {found['run_dir']} have a result of {save}; name steps with --steps"
+            )
+        run_dir = Path(found["run_dir"])
+        folder = run_dir / "evaluations" / save
+        text = evaluate_script(
+            cfg, folder=folder, run_dir=run_dir, steps=found["steps"], save=save, data=args.data, **common
+        )
+        what = f"steps {', '.join(map(str, found['steps']))}, {cfg.nodes} at a time"
+    if args.dry_run:
+        print(text, end="")
+        return 0
+    refuse_second_job(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = write_script(folder, text)
+    jobs = [queue(folder, path)]
+    for _ in range(found.get("passes", 1) - 1):
+        jobs.append(queue(folder, path, f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"))
+    print(
+        f"queued: job {', and then '.join(jobs)}, {what}\n"
+        f"  its script    {path}\n"
+        f"  its output    {folder / f'{jobs[0]}-*.out'}\n"
+        f"  stop it       scancel {' '.join(jobs)}"
+    )
+    return 0
+
+
+def check_all(cfg: ClusterConfig, args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    """What launcher/check.py finds; all that it or SLURM refuses is told together."""
+    wrong, found = [], {}
+    try:
+        found = check_run(cfg, arguments, args.dry_run)
+    except ClusterError as error:
+        wrong.append(str(error))
+    if not args.dry_run:
+        try:
+            slurm.refuse_what_slurm_lacks(cfg)
+        except ClusterError as error:
+            wrong.append(f"{args.cluster}: {error}")
+    if wrong:
+        raise ClusterError("\n".join(wrong))
+    return found
+
+
+def queue(folder: Path, script: Path, *options: str) -> str:
+    """Have sbatch take it, and note that in the folder's jobs.jsonl; returns the job's id."""
+    for last in ("--test-only", "--parsable"):
+        done = slurm.command("sbatch", last, *options, str(script))
+        if done.returncode:
+            raise ClusterError(f"sbatch refuses {script}: {done.stderr.strip()}")
+    job = done.stdout.strip().splitlines()[-1].split(";")[0]
+    note(folder, "submitted", job=job, script=str(script))
+    return job
+
+
 def check_run(cfg: ClusterConfig, arguments: list[str], write_nothing: bool) -> dict[str, Any]:
-    """Have launcher/check.py judge the run as its ranks will: its folder, name, and whether it is finished."""
+    """Have launcher/check.py judge it as the job will: what it says of its folder, name, and what is to be done."""
     fewer = {n * cfg.ranks_per_node: n for n in range(cfg.least_nodes, cfg.nodes)}
     command = [sys.executable, str(ROOT / "launcher/check.py"), "--ranks", str(cfg.ranks), *arguments,
                *(f"--fewer-ranks={ranks}" for ranks in fewer)]  # fmt: skip
@@ -112,6 +181,8 @@ def check_run(cfg: ClusterConfig, arguments: list[str], write_nothing: bool) -> 
         raise ClusterError(f"{shlex.join(command)} failed:\n{done.stderr.strip()[-2000:]}")
     run = json.loads(done.stdout.strip().splitlines()[-1])
     assert isinstance(run, dict)
+    if "fewer_ranks" not in run:  # not of a training
+        return run
     counts = [*(fewer[ranks] for ranks in run["fewer_ranks"]), cfg.nodes]
     if cfg.least_nodes not in counts:
         raise ClusterError(

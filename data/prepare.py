@@ -15,7 +15,6 @@ Several processes, each with its part of the units, write the same corpus as one
 
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from data.config import DataConfig
 from data.corpus import open_shard, read_manifest, shard_files
 from data.layout import count_best_fit
 from data.manifest import MANIFEST, Manifest, ShardEntry, SourceEntry, Split, SplitEntry, TokenizerEntry
-from data.plan import Part, check_folder, check_plan, others_at_work, step, working
+from data.plan import PLAN, Part, check_folder, check_plan, others_at_work, step, working
 from data.prepared import Pairs, Prepared, open_corpus, open_pairs, tokenizer_of
 from data.progress import progress
 from data.report import numbers, report
@@ -61,9 +60,9 @@ from data.units import (
     train_tokenizer,
     write_bytes,
 )
-from data.workers import run_tasks
+from data.workers import cores, run_tasks
 
-__all__ = ["Part", "PrepareError", "held_out", "prepare", "prepare_part", "report"]
+__all__ = ["Part", "PrepareError", "held_out", "prepare", "prepare_part", "report", "unfinished"]
 
 log = logging.getLogger(__name__)
 
@@ -114,21 +113,9 @@ def prepare_part(cfg: DataConfig, part: Part, seq_len: int | None = None) -> Man
     Every part must be started with the same cfg. The corpus is that of one process to the last byte, and its manifest is
     written by whichever part finds all units done.
     """
-    if is_url(cfg.corpus):
-        raise PrepareError(
-            f"data.corpus={cfg.corpus} is a URL, and prepare writes to a folder; prepare with data.corpus=FOLDER, copy it "
-            f"there (aws s3 sync FOLDER {cfg.corpus}, gsutil rsync -r, or whatever the store has), and start runs with "
-            f"data.corpus={cfg.corpus}"
-        )
     folder = Path(cfg.corpus)
-    cfg.clean.check_installed()
     with ExitStack() as stack:
-        prepared = {
-            source.label: open_corpus(source, cfg.cache) for source in cfg.sources if isinstance(source, CorpusConfig)
-        }
-        chosen = _chosen_tokenizer(cfg, prepared, stack)
-        options = _options(cfg, chosen)
-        check_folder(folder)
+        prepared, chosen, options = _asked(cfg, stack)
         if (manifest := _finished_corpus(cfg, folder, options)) is None:
             folder.mkdir(parents=True, exist_ok=True)
             with working(folder, part):
@@ -140,10 +127,22 @@ def prepare_part(cfg: DataConfig, part: Part, seq_len: int | None = None) -> Man
     return manifest
 
 
+def unfinished(cfg: DataConfig) -> int | None:
+    """How many units the corpus that cfg asks for has, None where it is finished. Writes nothing; raises as prepare does."""
+    with ExitStack() as stack:
+        prepared, _, options = _asked(cfg, stack)
+        if _finished_corpus(cfg, Path(cfg.corpus), options) is not None:
+            return None
+        work = _work(cfg, Path(cfg.corpus), Part(), prepared)
+        if (work.folder / PLAN).is_file():
+            check_plan(work.folder, options, _listings(work))
+        return len(work.units)
+
+
 def _prepare(work: Work, options: dict[str, Any], chosen: Tokenizer | None) -> Manifest | None:
     folder, cfg = work.folder, work.cfg
     with step(folder, "which writes the plan"):
-        check_plan(folder, options, {name: _listing(source) for name, source in work.sources.items()})
+        check_plan(folder, options, _listings(work))
         if (folder / MANIFEST).is_file():
             manifest = read_manifest(folder)
             if not _lost_files(folder, manifest):  # another part has just finished it
@@ -173,6 +172,23 @@ def _prepare(work: Work, options: dict[str, Any], chosen: Tokenizer | None) -> M
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------
+
+
+def _asked(cfg: DataConfig, stack: ExitStack) -> tuple[dict[str, Prepared], Tokenizer | None, dict[str, Any]]:
+    """Sources that are corpora, the tokenizer that is named, and what the bytes depend on."""
+    if is_url(cfg.corpus):
+        raise PrepareError(
+            f"data.corpus={cfg.corpus} is a URL, and prepare writes to a folder; prepare with data.corpus=FOLDER, copy it "
+            f"there (aws s3 sync FOLDER {cfg.corpus}, gsutil rsync -r, or whatever the store has), and start runs with "
+            f"data.corpus={cfg.corpus}"
+        )
+    cfg.clean.check_installed()
+    prepared = {
+        source.label: open_corpus(source, cfg.cache) for source in cfg.sources if isinstance(source, CorpusConfig)
+    }
+    chosen = _chosen_tokenizer(cfg, prepared, stack)
+    check_folder(Path(cfg.corpus))
+    return prepared, chosen, _options(cfg, chosen)
 
 
 def _chosen_tokenizer(cfg: DataConfig, prepared: dict[str, Prepared], stack: ExitStack) -> Tokenizer | None:
@@ -281,8 +297,8 @@ def _work(cfg: DataConfig, folder: Path, part: Part, prepared: dict[str, Prepare
     return Work(cfg, folder, part, rules, sources, units)
 
 
-def _listing(source: Source | Pairs | Prepared) -> dict[str, Any]:
-    return {**source.describe(), "fingerprint": source.fingerprint}
+def _listings(work: Work) -> dict[str, Any]:
+    return {name: {**source.describe(), "fingerprint": source.fingerprint} for name, source in work.sources.items()}
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -424,7 +440,7 @@ def _run(
         for unit in ordered
     ]
     with progress(total=sum(unit.n_bytes for unit in units)) as advance:
-        for done, result in run_tasks(task, tasks, work.cfg.workers or _cores(), on_report=advance):
+        for done, result in run_tasks(task, tasks, work.cfg.workers or cores(), on_report=advance):
             yield done.unit, result
 
 
@@ -581,7 +597,3 @@ def _count_windows(cfg: DataConfig, folder: Path, manifest: Manifest, seq_len: i
 
         with step(folder, "which counts the windows of best_fit"):
             count_best_fit(folder, manifest, seq_len, open_next)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

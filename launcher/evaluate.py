@@ -3,6 +3,7 @@
     python launcher/evaluate.py runs/NAME                                       # on what its corpus holds out
     python launcher/evaluate.py runs/NAME --step 1000 --data texts/*.txt more.jsonl --field text --json
     python launcher/evaluate.py exports/NAME --data texts/*.txt
+    python launcher/evaluate.py runs/NAME --step 1000 --save held-out           # to evaluations/held-out/, and TensorBoard
 
 On its corpus a run is given the numbers that it logged itself at that step: the same windows, batches and weights of the
 sources. Of text files every document counts, after the end of another one as in training, cut every seq_len tokens; its
@@ -32,8 +33,9 @@ from data.manifest import MANIFEST
 from data.sources import FilesConfig, JsonlConfig, Limits, TextConfig, documents, open_source
 from data.store import is_url
 from data.tokenizer import Tokenizer
-from launcher.config import ConfigError
+from launcher.config import ConfigError, RunConfig
 from launcher.held_out import Batch, Sums, bits_per_byte, combine, perplexity, sum_losses
+from launcher.results import check_name, keep
 from launcher.trained import Checkpoint, Trained, load_trained
 from model.hf_folder import DTYPES
 from parallel.checkpoint import CheckpointError
@@ -69,18 +71,7 @@ def on_corpus(trained: Trained, location: str | None, windows: int | None, batch
             f"a Hugging Face folder has no corpus of its own, and ids of {location or 'one'} may not be its own; name text "
             "or JSONL files with --data"
         )
-    cfg = checkpoint.cfg.data
-    if location is not None:
-        cfg = cfg.model_copy(update={"corpus": location})
-    if not is_url(cfg.corpus) and not Path(cfg.corpus).is_dir():
-        raise ValueError(
-            f"the run's corpus {cfg.corpus} is not here; name its copy, or text or JSONL files, with --data"
-        )
-    valid, not_evaluated = open_valid(cfg, checkpoint.cfg.model.seq_len)
-    for line in not_evaluated:
-        print(f"evaluate: {line}", file=sys.stderr)
-    if not valid:
-        raise ValueError(f"{cfg.corpus} holds nothing out for the run's sources; name text or JSONL files with --data")
+    cfg, valid = open_held_out(checkpoint.cfg, location)
     _check_tokenizer(trained, valid, cfg)
     count = checkpoint.cfg.eval.windows if windows is None else windows
     sums = {name: _of_corpus(trained, corpus, count, batch) for name, corpus in valid.items()}
@@ -94,6 +85,21 @@ def on_corpus(trained: Trained, location: str | None, windows: int | None, batch
             for name, of_source in sums.items()
         },
     }
+
+
+def open_held_out(run: RunConfig, location: str | None) -> tuple[DataConfig, dict[str, Corpus]]:
+    """The data section as it is read, and what is held out, by source. Raises ValueError or DataError where nothing is."""
+    cfg = run.data if location is None else run.data.model_copy(update={"corpus": location})
+    if not is_url(cfg.corpus) and not Path(cfg.corpus).is_dir():
+        raise ValueError(
+            f"the run's corpus {cfg.corpus} is not here; name its copy, or text or JSONL files, with --data"
+        )
+    valid, not_evaluated = open_valid(cfg, run.model.seq_len)
+    for line in not_evaluated:
+        print(f"evaluate: {line}", file=sys.stderr)
+    if not valid:
+        raise ValueError(f"{cfg.corpus} holds nothing out for the run's sources; name text or JSONL files with --data")
+    return cfg, valid
 
 
 def _of_corpus(trained: Trained, corpus: Corpus, windows: int, batch: int) -> Sums:
@@ -207,19 +213,31 @@ def _padded(group: list[np.ndarray]) -> tuple[Tensor, Tensor, None]:
 # -- the command ------------------------------------------------------------------------------------------------------------
 
 
+def corpus_among(data: list[str]) -> tuple[str | None, bool]:
+    """The corpus that --data names, None for the run's own; and whether it is a corpus at all, not texts."""
+    corpora = [path for path in data if is_url(path) or (Path(path) / MANIFEST).is_file()]
+    if corpora and len(data) > 1:
+        raise ValueError(f"--data names the corpus {corpora[0]} and more; evaluate them one by one")
+    return (corpora[0] if corpora else None), bool(corpora) or not data
+
+
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """What is printed, as JSON or as a table."""
     for name, value in (("--windows", args.windows), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} {value}; expected at least 1")
+    if args.save is not None:
+        check_name(args.save)
     trained = load_trained(args.model, args.step, None if args.dtype is None else DTYPES[args.dtype])
     checkpoint = trained.checkpoint
+    if args.save is not None and checkpoint is None:
+        raise ValueError(
+            f"--save {args.save}: {args.model} is no run's folder, which results are kept in; leave it out"
+        )
     batch = args.batch_size or (DEFAULT_BATCH if checkpoint is None else checkpoint.cfg.train.micro_batch_size)
-    corpora = [path for path in args.data if is_url(path) or (Path(path) / MANIFEST).is_file()]
-    if corpora and len(args.data) > 1:
-        raise ValueError(f"--data names the corpus {corpora[0]} and more; evaluate them one by one")
-    if corpora or not args.data:
-        found = on_corpus(trained, corpora[0] if corpora else None, args.windows, batch)
+    corpus, is_corpus = corpus_among(args.data)
+    if is_corpus:
+        found = on_corpus(trained, corpus, args.windows, batch)
     else:
         found = on_texts(trained, args.data, args.field, args.windows, batch)
     dtype = next(name for name, dtype in DTYPES.items() if dtype == trained.model.head.weight.dtype)
@@ -256,6 +274,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                         "files all)")  # fmt: skip
     parser.add_argument("--batch-size", type=int, help="sequences a forward (default: the run's micro-batch)")
     parser.add_argument("--dtype", choices=DTYPES, help="to compute in (default: what the run trained in, else fp32)")
+    parser.add_argument("--save", metavar="NAME", help="keep the result in the run's folder, as "
+                        "evaluations/NAME/step-N.json, and draw it in TensorBoard")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(argv)
 
@@ -271,6 +291,12 @@ def main(argv: list[str]) -> int:
         print(json.dumps(_finite(found), ensure_ascii=False))
     else:
         print(table(found))
+    if args.save is not None:
+        try:
+            print(f"kept in {keep(args.model, args.save, _finite(found))}", file=sys.stderr)
+        except OSError as error:
+            print(f"evaluate: the result cannot be kept: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -58,7 +58,7 @@ class MetricsLog:
         _set_aside_after(self.path, resumed_step)
         self._pending = b""
         self._folder = run_dir / "tensorboard"
-        self._board: SummaryWriter | None = _new_board(self._folder, purge_step=resumed_step + 1)
+        self._board: SummaryWriter | None = new_board(self._folder, purge_step=resumed_step + 1)
         self._next_try = 0.0
         self._told: set[str] = set()
         self.goodput: Goodput | None = None  # written with each line of steps once it is there
@@ -96,7 +96,7 @@ class MetricsLog:
         """Give TensorBoard something. Its thread breaks at the first error, which the calls after that raise."""
         try:
             if self._board is None and time.monotonic() >= self._next_try:
-                self._board = _new_board(self._folder)
+                self._board = new_board(self._folder)
             if self._board is not None:
                 draw(self._board)
         except Exception as error:  # of any kind: of the disk, of what it makes of a value
@@ -109,7 +109,7 @@ class MetricsLog:
             log.warning("%s", text)
 
 
-def _new_board(folder: Path, purge_step: int | None = None) -> SummaryWriter:
+def new_board(folder: Path, purge_step: int | None = None) -> SummaryWriter:
     """A writer whose file TensorBoard reads after those that are there.
 
     It reads them by name, and a name begins with the time. What is not older by the clock, which may have been set back

@@ -50,7 +50,7 @@ from launcher.stragglers import Stragglers
 from launcher.watchdog import ALLOWANCE_S, Watchdog, is_effect
 from model.transformer import Transformer
 from parallel import device
-from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps
+from parallel.checkpoint import CheckpointError, committed_steps, read_manifest
 from parallel.deepspeed_config import check_passthrough, deepspeed_config
 from parallel.engine import Engine, UpdateResult, parallelize
 from parallel.mesh import (
@@ -487,7 +487,7 @@ def saved_position(checkpoints: Path) -> tuple[dict[str, Any] | None, int]:
     if not steps:
         return None, 0
     try:
-        return CheckpointReader(checkpoints / f"step-{steps[-1]:08d}").manifest.cursor, steps[-1]
+        return read_manifest(checkpoints / f"step-{steps[-1]:08d}").cursor, steps[-1]
     except CheckpointError:
         return None, 0
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launcher import evaluate, export
 from launcher.trained import load_trained
@@ -192,9 +193,37 @@ def test_a_hugging_face_folder_needs_text(run_dir, corpus, tmp_path, capsys):
     for more in ([], ["--data", str(corpus)]):
         assert evaluate.main([str(tmp_path / "out"), *more]) == 2
         assert "a Hugging Face folder has no corpus of its own" in capsys.readouterr().err
+    assert evaluate.main([str(tmp_path / "out"), "--save", "x"]) == 2
+    assert f"--save x: {tmp_path}/out is no run's folder, which results are kept in" in capsys.readouterr().err
 
 
 def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit):
         evaluate.main(["--help"])
     assert "example: python launcher/evaluate.py runs/embedded" in capsys.readouterr().out
+
+
+def test_results_are_kept_and_drawn_in_the_order_of_their_steps(run_dir, texts, capsys):
+    for step in (6, 3, 6):
+        assert found_by(capsys, run_dir, "--step", step, "--save", "own", "--windows", 2)["step"] == step
+    assert found_by(capsys, run_dir, "--data", texts / "0.txt", texts / "2.txt", "--save", "texts")["step"] == 6
+    kept = {path: json.loads(path.read_text()) for path in sorted((run_dir / "evaluations").rglob("step-*.json"))}
+    assert [(path.parent.name, found["step"]) for path, found in kept.items()] == [("own", 3), ("own", 6), ("texts", 6)]
+    each = [f"evaluate/loss_{texts / name}" for name in ("0.txt", "2.txt")]
+    for name, more in (("own", []), ("texts", ["evaluate/tokens", *each])):
+        board = EventAccumulator(str(run_dir / "tensorboard/evaluations" / name)).Reload()
+        tags = ["evaluate/loss", "evaluate/perplexity", "evaluate/bits_per_byte", *more]
+        assert sorted(board.Tags()["scalars"]) == sorted(tags)
+        points = [(event.step, event.value) for event in board.Scalars("evaluate/loss")]
+        expected = [
+            (found["step"], found["overall"]["loss"]) for path, found in kept.items() if path.parent.name == name
+        ]
+        assert points == [(step, pytest.approx(loss)) for step, loss in expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("a/b", "--save 'a/b'; expected a name of letters"), (".x", "--save '.x'; expected a name")]
+)
+def test_names_that_are_none(tmp_path, name, message, capsys):
+    assert evaluate.main([str(tmp_path), "--save", name]) == 2
+    assert message in capsys.readouterr().err

@@ -32,7 +32,7 @@ def prepare_script(
         "again() {",
         f"  if [ -n \"$(find {shlex.quote(str(corpus))} -name '*.json' -newer {mark} -print -quit)\" ]; then",
         '    echo "the time limit is near: part $SLURM_ARRAY_TASK_ID is queued again"',
-        '    scontrol requeue "$SLURM_JOB_ID"',
+        '    scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',  # one task has the whole array's id for its own
         "  else",
         f'    echo "nothing was finished in {cfg.time}; give it more time, or lower data.shard_bytes"',
         "  fi",

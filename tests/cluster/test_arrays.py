@@ -95,7 +95,7 @@ def stand_ins(folder, **programs):
     for name, body in programs.items():
         (folder / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / "bin" / name).chmod(0o755)
-    return {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "77",
+    return {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "77",
             "SLURM_CPUS_ON_NODE": "2"}  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_before_the_time_limit_a_part_that_got_further_is_queued_again(tmp_path,
     (tmp_path / "go").touch()
     assert process.wait(60) == 3  # it goes on until SLURM ends it
     assert said == (
-        "the time limit is near: part 1 is queued again\nscontrol requeue 77\n" if progress
+        "the time limit is near: part 1 is queued again\nscontrol requeue 77_1\n" if progress
         else "nothing was finished in 10:00; give it more time, or lower data.shard_bytes\n"
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ import re
 import socket
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,10 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def shard_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
 def manifest_text(manifest: Manifest) -> str:
     """What manifest.json says, with its own hash."""
     body = asdict(manifest)
@@ -120,16 +125,20 @@ class CheckpointReader:
     A `StateSource` for `Engine.load_state`; fine-tuning and export read whole parameters through `tensor`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, own: str | None = None) -> None:
+        """own: a file that may hold all that is asked for; the others are opened once it does not. None: open all."""
         self.path = path
         self.manifest = read_manifest(path)
-        self._files = {}
+        self._files: dict[str, Any] = {}
         self._spans: dict[tuple[str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
-        for name in self.manifest.files:
+        self._open([own] if own in self.manifest.files else self.manifest.files)
+
+    def _open(self, names: Iterable[str]) -> None:
+        for name in names:
             try:
-                opened = safetensors.safe_open(path / name, framework="pt")
+                opened = safetensors.safe_open(self.path / name, framework="pt")
             except (OSError, safetensors.SafetensorError) as error:
-                raise CheckpointError(f"{path / name}: {error}") from error
+                raise CheckpointError(f"{self.path / name}: {error}") from error
             self._files[name] = opened
             for key in opened.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
                 kind, rest = key.split(":", 1)
@@ -141,9 +150,21 @@ class CheckpointReader:
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened parameter, 1-D fp32. Raises CheckpointError where some are missing."""
-        spans = self._spans.get((name, kind), [])
         out = torch.empty(stop - start, dtype=torch.float32)
-        at = start
+        at = self._copy(name, kind, start, out)
+        if at < stop and (closed := self.manifest.files.keys() - self._files.keys()):
+            self._open(sorted(closed))
+            at = self._copy(name, kind, start, out)
+        if at < stop:
+            raise CheckpointError(
+                f"{self.path} lacks elements {at} to {stop} of the {kind} of {name}; it has "
+                + (", ".join(f"{a} to {b}" for a, b, *_ in self._spans.get((name, kind), [])) or "none")
+            )
+        return out
+
+    def _copy(self, name: str, kind: str, start: int, out: Tensor) -> int:
+        """Fill `out` with the elements from `start` on, as far as the open files go; returns up to where."""
+        spans, at, stop = self._spans.get((name, kind), []), start, start + len(out)
         for first, last, file, key in spans[max(0, bisect.bisect_right(spans, (start, 1 << 62)) - 1) :]:
             if at >= stop or first > at:
                 break
@@ -151,12 +172,7 @@ class CheckpointReader:
             if end > at:
                 out[at - start : end - start] = self._files[file].get_slice(key)[at - first : end - first]
                 at = end
-        if at < stop:
-            raise CheckpointError(
-                f"{self.path} lacks elements {at} to {stop} of the {kind} of {name}; it has "
-                + (", ".join(f"{a} to {b}" for a, b, *_ in spans) or "none")
-            )
-        return out
+        return at
 
     def tensor(self, name: str, kind: str = "weight") -> Tensor:
         """A whole parameter in its shape, fp32."""
@@ -299,7 +315,7 @@ def _faults_together(path: Path, mesh: "Mesh") -> list[str]:
 def _open_together(path: Path, mesh: "Mesh") -> CheckpointReader:
     reader, wrong = None, ""
     try:
-        reader = CheckpointReader(path)
+        reader = CheckpointReader(path, own=shard_name(mesh.rank))
     except CheckpointError as error:
         wrong = f"rank {mesh.rank} on {socket.gethostname()}: {error}"
     if told := next(filter(None, mesh.gather(wrong)), None):

@@ -31,6 +31,7 @@ from parallel.checkpoint import (
     folder_name,
     free_name,
     manifest_text,
+    shard_name,
     sync,
     write_synced,
 )
@@ -237,7 +238,7 @@ def _finite_bytes(copied: dict[str, torch.Tensor]) -> int:
 
 
 def _write_shard(staging: Path, rank: int, copied: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any]]:
-    path = staging / f"rank-{rank:05d}.safetensors"
+    path = staging / shard_name(rank)
     digest = write_safetensors(path, copied)
     sync(path)
     return path.name, {"bytes": path.stat().st_size, "xxh3": digest}

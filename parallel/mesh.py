@@ -16,6 +16,9 @@ from deepspeed.accelerator import get_accelerator
 log = logging.getLogger(__name__)
 
 
+MANY = 256  # ranks from which on gloo connects those alone that talk to each other, at their first word
+
+
 class LaunchError(RuntimeError):
     """The environment does not say which rank this is, or names a world that cannot be."""
 
@@ -193,6 +196,8 @@ def build_mesh(place: Place, timeout_s: int) -> Mesh:
         device = torch.device("cpu")
     else:
         accelerator.set_device(index)
+    if place.world_size >= MANY:  # else each rank asks the store for the address of every other, in each group
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     backend, timeout = accelerator.communication_backend_name(), timedelta(seconds=timeout_s)
     if place.rendezvous:
         try:

@@ -184,6 +184,40 @@ def test_a_good_checkpoint_has_no_faults(checkpoints):
     assert (checkpoints / "latest").read_text() == "step-00000002\n"
 
 
+def files_opened(mesh, folder, stages):
+    """What this rank had to open to load at each stage what ranks of the same world had written, and how the run goes on."""
+    opened = {}
+    for stage in stages:
+        engine = build(mesh, ParallelConfig(zero_stage=stage), ODD)
+        run_steps(engine, range(1))
+        save(folder / f"z{stage}", engine, 1)
+        continued = run_steps(engine, range(1, 2))
+        reader = newest_good(folder / f"z{stage}", mesh)
+        engine.load_state(reader, 1)
+        assert run_steps(engine, range(1, 2)) == continued
+        opened[stage] = sorted(reader._files)
+        engine.close()
+    return opened
+
+
+@pytest.mark.slow
+def test_ranks_of_the_same_world_open_their_own_file_alone(tmp_path, monkeypatch):
+    """Else each of W ranks would open W files. With connections made at the first word, as many ranks have them."""
+    monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "1")
+    for rank, opened in enumerate(run_ranks(2, files_opened, tmp_path, (1, 3))):
+        assert opened == {stage: [f"rank-{rank:05d}.safetensors"] for stage in (1, 3)}
+
+
+def test_a_reader_opens_what_its_own_file_lacks(checkpoints):
+    path = checkpoints / "step-00000002"
+    every, few = CheckpointReader(path), CheckpointReader(path, own="rank-00001.safetensors")
+    assert (len(every._files), len(few._files)) == (2, 1)
+    for name in every.manifest.shapes:
+        assert torch.equal(few.tensor(name), every.tensor(name))
+    assert few._files.keys() == every._files.keys()
+    assert len(CheckpointReader(path, own="rank-00007.safetensors")._files) == 2  # of a world that has grown
+
+
 def test_every_element_is_in_exactly_one_file(checkpoints):
     reader = CheckpointReader(checkpoints / "step-00000002")
     covered = 0

@@ -1,9 +1,11 @@
 """The rank from any launcher's variables."""
 
+import os
 import socket
 
 import pytest
 
+from parallel import mesh
 from parallel.mesh import (
     LaunchError,
     Place,
@@ -135,3 +137,13 @@ def test_a_port_in_use_is_named():
 def test_an_address_that_nobody_answers_at_is_named(address):
     with pytest.raises(RendezvousError, match=f"rank 1 of 2 did not meet the others at tcp://{address} "):
         build_mesh(Place(1, 2, 0, 1, f"tcp://{address}", "a test"), timeout_s=2)
+
+
+def test_gloo_connects_many_ranks_at_their_first_word(monkeypatch):
+    """As each would ask the store for the address of every other, in each group."""
+    for ranks, expected in ((mesh.MANY - 1, None), (mesh.MANY, "1")):
+        monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "")
+        monkeypatch.delenv("TORCH_GLOO_LAZY_INIT")
+        with pytest.raises(RendezvousError):
+            build_mesh(Place(1, ranks, 0, 1, "tcp://127.0.0.1:1", "a test"), timeout_s=1)
+        assert os.environ.get("TORCH_GLOO_LAZY_INIT") == expected

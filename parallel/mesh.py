@@ -196,7 +196,7 @@ def build_mesh(place: Place, timeout_s: int) -> Mesh:
         device = torch.device("cpu")
     else:
         accelerator.set_device(index)
-    if place.world_size >= MANY:  # else each rank asks the store for the address of every other, in each group
+    if place.world_size >= MANY:  # else each rank asks the store for the address of every other: cluster/SCALE.md
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     backend, timeout = accelerator.communication_backend_name(), timedelta(seconds=timeout_s)
     if place.rendezvous:

@@ -18,6 +18,7 @@ from data.store import is_url
 from data.stream import StreamLoader, check_lanes, fingerprint
 from data.tokenizer import Tokenizer, load_tokenizer
 from launcher.config import ConfigError, RunConfig
+from launcher.held_out import score_names
 from launcher.run_dir import Ledger
 from parallel.mesh import Mesh
 
@@ -40,6 +41,10 @@ class RunData(ABC):
     @abstractmethod
     def shares(self, sample: int) -> dict[str, float]:
         """What part of the training text comes from each source of valid, at a sample of the run."""
+
+    def scores(self) -> list[str]:
+        """Names of what an evaluation measures; empty where nothing is held out."""
+        return score_names(self.valid)
 
     @abstractmethod
     def announce(self, samples: int) -> tuple[list[str], list[str]]:

@@ -11,18 +11,16 @@ from data.examples import Example
 from data.loader import IGNORE
 from data.records import RecordError
 from data.row_loader import Row, RowSet
-from data.task import TaskConfig
+from data.task import ClassifyTask
 from data.tokenizer import Tokenizer
 
 
-def encode_examples(
-    examples: Sequence[Example], labels: Sequence[str], tokenizer: Tokenizer, seq_len: int, cfg: TaskConfig
-) -> RowSet:
+def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int, cfg: ClassifyTask) -> RowSet:
     """A row each. Labels are in the set. Raises RecordError for a text without a token, and for one that is too long."""
-    number = {label: at for at, label in enumerate(labels)}
+    number = {label: at for at, label in enumerate(cfg.labels)}
     rows, cut, texts = [], 0, [example.text for example in examples]
     every = tokenizer.encode_batch(texts)
-    refuse_long([e.where for e in examples], [len(ids) for ids in every], seq_len, cfg)
+    refuse_long([e.where for e in examples], [len(ids) for ids in every], seq_len, cfg.too_long)
     for example, ids in zip(examples, every, strict=True):
         if not len(ids):
             raise RecordError(f"{example.where}: the text {example.text[:40]!r} has no token in the run's tokenizer")
@@ -35,10 +33,10 @@ def encode_examples(
     return RowSet(rows, [example.where for example in examples], seq_len, notes)
 
 
-def refuse_long(where: Sequence[str], lengths: Sequence[int], seq_len: int, cfg: TaskConfig) -> None:
+def refuse_long(where: Sequence[str], lengths: Sequence[int], seq_len: int, too_long: str) -> None:
     """Raise RecordError for the first text of more than seq_len tokens, unless they are to be cut."""
     long = [at for at, length in enumerate(lengths) if length > seq_len]
-    if not long or cfg.too_long == "cut":
+    if not long or too_long == "cut":
         return
     others = f" (and {len(long) - 1} more of {len(lengths)} texts are too long)" if len(long) > 1 else ""
     raise RecordError(

@@ -4,13 +4,13 @@ What is malformed ends the run before anything is allocated, with file and line.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import xxhash
 
 from data.records import RecordError, read_records
-from data.task import Column, Format, TaskConfig
+from data.task import ClassifyTask, Column, Format, TagTask
 
 _FIRST = 20  # labels named in a message
 
@@ -40,27 +40,25 @@ class Sentence(NamedTuple):
         return "\n".join(self.words)
 
 
-class _Held(NamedTuple):
-    train: list[Any]
-    valid: list[Any]
-
-
-AnyExample = TypeVar("AnyExample", Example, Sentence)
-
-
-def read_examples(cfg: TaskConfig, paths: list[str]) -> list[Example]:
-    """For kind classify. Raises RecordError for a text or label that is empty or of another type."""
-    columns = _columns(cfg)
-    return [
-        Example(record.where, _filled(record.values[0], "text", record.where), _label(record.values[1], record.where))
-        for record in read_records(paths, columns, cfg.format, cfg.formats)
+def read_examples(cfg: ClassifyTask, paths: list[str]) -> list[Example]:
+    """Raises RecordError for a text or label that is empty or of another type, and for a label that is not in the set."""
+    found = [
+        Example(where, _filled(text, "text", where), _label(label, where))
+        for where, (text, label) in read_records(paths, lambda fmt: [cfg.text, cfg.label], cfg.format, cfg.formats)
     ]
+    check_labels([(example.where, [example.label]) for example in found], cfg.labels)
+    return found
 
 
-def read_sentences(cfg: TaskConfig, paths: list[str]) -> list[Sentence]:
-    """For kind tag. Raises RecordError where words and tags are not two lists of one length, or one is empty."""
+def read_sentences(cfg: TagTask, paths: list[str]) -> list[Sentence]:
+    """Raises RecordError where words and tags are not two lists of one length, one is empty, or a tag not in the set."""
+
+    def columns(fmt: Format) -> list[Column]:
+        words, tags = (0, -1) if fmt == "conll" else ("tokens", "tags")
+        return [words if cfg.words is None else cfg.words, tags if cfg.tags is None else cfg.tags]
+
     found = []
-    for where, (words, tags) in read_records(paths, _columns(cfg), cfg.format, cfg.formats):
+    for where, (words, tags) in read_records(paths, columns, cfg.format, cfg.formats):
         for name, values in (("words", words), ("tags", tags)):
             if not isinstance(values, list) or not values:
                 raise RecordError(f"{where}: its {name} are {_shown(values)}; expected a list with something in it")
@@ -68,17 +66,8 @@ def read_sentences(cfg: TaskConfig, paths: list[str]) -> list[Sentence]:
             raise RecordError(f"{where}: {len(words)} words and {len(tags)} tags; expected a tag for each word")
         tags = [_label(tag, where) for tag in tags]
         found.append(Sentence(where, [_filled(word, "word", where) for word in words], tags))
+    check_labels([(sentence.where, sentence.tags) for sentence in found], cfg.labels)
     return found
-
-
-def _columns(cfg: TaskConfig) -> Callable[[Format], list[Column]]:
-    def of(fmt: Format) -> list[Column]:
-        defaults: tuple[Column, Column] = ("text", "label")
-        if cfg.kind == "tag":
-            defaults = (0, -1) if fmt == "conll" else ("tokens", "tags")
-        return [defaults[0] if cfg.text is None else cfg.text, defaults[1] if cfg.label is None else cfg.label]
-
-    return of
 
 
 def _filled(value: Any, what: str, where: str) -> str:
@@ -105,31 +94,20 @@ def _shown(value: Any) -> str:
 # -- labels --------------------------------------------------------------------------------------------------------------
 
 
-def collect_labels(labels: Iterable[str]) -> list[str]:
-    """The different ones, sorted: numbers by their value, O (outside of any entity) first."""
-
-    def key(label: str) -> tuple[bool, bool, int, str]:
-        number = label.lstrip("-").isdecimal()
-        return label != "O", not number, int(label) if number else 0, label
-
-    return sorted(set(labels), key=key)
-
-
-def check_labels(named: Iterable[tuple[str, Sequence[str]]], labels: Sequence[str], given: bool) -> None:
-    """Raise RecordError for the first label that is not in the set. named: where, and its labels.
-
-    given: whether the set is task.labels, else it is of the training files.
-    """
+def check_labels(named: Sequence[tuple[str, Sequence[str]]], labels: Sequence[str]) -> None:
+    """Raise RecordError for the first label that is not in the set. named: where, and its labels."""
     known = set(labels)
     for where, found in named:
-        for label in found:
-            if label not in known:
-                source = "task.labels" if given else "the training files"
-                shown = ", ".join(map(repr, labels[:_FIRST])) + (", ..." if len(labels) > _FIRST else "")
-                raise RecordError(
-                    f"{where}: the label {label!r} is not in the label set of {source}: {shown}; correct it, or name all "
-                    "labels in task.labels"
-                )
+        if unknown := next((label for label in found if label not in known), None):
+            there = sorted({label for _, others in named for label in others})
+            raise RecordError(
+                f"{where}: the label {unknown!r} is not in task.labels, {_list(labels)}; correct it, or the set: the files "
+                f"have {_list(there)}"
+            )
+
+
+def _list(labels: Sequence[str]) -> str:
+    return ", ".join(map(repr, labels[:_FIRST])) + (", ..." if len(labels) > _FIRST else "")
 
 
 def shares(labels: Iterable[str]) -> str:
@@ -143,10 +121,11 @@ def shares(labels: Iterable[str]) -> str:
 # -- what is held out ----------------------------------------------------------------------------------------------------
 
 
-def hold_out(examples: Sequence[Any], identity: Callable[[Any], str], fraction: float, seed: int) -> _Held:
-    """About `fraction` of the examples, by a hash of what makes two the same, so that copies stay together."""
-    bound, held = int(fraction * 2**64), _Held([], [])
+def hold_out(examples: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """(the rest, about `fraction` of the examples): by a hash of the text, so that copies stay together."""
+    bound = int(fraction * 2**64)
+    parts: tuple[list[Any], list[Any]] = ([], [])
     for example in examples:
-        lot = xxhash.xxh3_64_intdigest(f"{seed}/{identity(example)}".encode("utf-8", "surrogatepass"))
-        (held.valid if lot < bound else held.train).append(example)
-    return held
+        lot = xxhash.xxh3_64_intdigest(f"{seed}/{example.identity}".encode("utf-8", "surrogatepass"))
+        parts[lot < bound].append(example)
+    return parts

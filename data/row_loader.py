@@ -65,7 +65,7 @@ class RowSet:
             n = len(row.tokens)
             tokens[at, :n], targets[at, :n] = row.tokens, row.targets
             if row.documents is not None:
-                documents[at, :n] = row.documents
+                documents[at, :n], documents[at, n:] = row.documents, row.documents[-1] + 1
         return (
             torch.from_numpy(tokens),
             torch.from_numpy(targets),

@@ -12,21 +12,19 @@ from data.classify import refuse_long
 from data.examples import Sentence
 from data.loader import IGNORE
 from data.row_loader import Row, RowSet
-from data.task import TaskConfig
+from data.task import TagTask
 from data.tokenizer import Tokenizer
 
 
-def encode_sentences(
-    sentences: Sequence[Sentence], tags: Sequence[str], tokenizer: Tokenizer, seq_len: int, cfg: TaskConfig
-) -> RowSet:
+def encode_sentences(sentences: Sequence[Sentence], tokenizer: Tokenizer, seq_len: int, cfg: TagTask) -> RowSet:
     """A row each. Tags are in the set. Raises RecordError for a sentence that is too long.
 
     Words without a token in this tokenizer, and words behind a cut, have no target; they are counted in the notes.
     """
-    number = {tag: at for at, tag in enumerate(tags)}
+    number = {tag: at for at, tag in enumerate(cfg.labels)}
     pieces = _pieces(sentences, tokenizer, cfg.join)
     spelled = [[pieces[word] for word in _spelled(sentence, cfg.join)] for sentence in sentences]
-    refuse_long([s.where for s in sentences], [sum(map(len, words)) for words in spelled], seq_len, cfg)
+    refuse_long([s.where for s in sentences], [sum(map(len, words)) for words in spelled], seq_len, cfg.too_long)
     found = RowSet([], [], seq_len)
     cut = lost = silent = 0
     for sentence, words in zip(sentences, spelled, strict=True):

@@ -1,70 +1,70 @@
-"""The task section of a fine-tuning recipe: labelled texts, tagged words or conversations, and how they are read."""
+"""What a model can be fine-tuned for, and from what files: the kinds of a recipe's `task` section that have examples."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
 Format = Literal["tsv", "csv", "jsonl", "parquet", "conll"]
+# a name, of a file that begins with a line of names, or a number from 0, of one that does not; -1 is the last
 Column = str | Annotated[int, Field(strict=True)]
-
-_FORMATS: dict[str, tuple[Format, ...]] = {
-    "classify": ("tsv", "csv", "jsonl", "parquet"),
-    "tag": ("conll", "jsonl", "parquet"),
-    "chat": ("jsonl", "parquet"),
-}
-# what has a meaning for which kinds
-_OF_KINDS = {
-    "text": ("classify", "tag"),
-    "label": ("classify", "tag"),
-    "labels": ("classify", "tag"),
-    "join": ("tag",),
-    "word_token": ("tag",),
-    "messages": ("chat",),
-    "template": ("chat",),
-}
+Labels = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)]
 
 
-class TaskConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """What a run is fine-tuned for, and on which files."""
+class _Task(BaseModel, frozen=True, extra="forbid", strict=True):
+    formats: ClassVar[tuple[Format, ...]]  # that can hold what the kind needs
 
-    # classify: a label for a text; tag: a tag for each word; chat: conversations, with loss on the answers alone
-    kind: Literal["classify", "tag", "chat"]
-    train: Annotated[list[str], Field(min_length=1)]  # files, globs and URLs; packed with gzip or zstd or not
+    train: Annotated[list[str], Field(min_length=1)]  # files, globs and URLs; plain or packed with gzip or zstd
     valid: list[str] = []  # the same, held out
-    valid_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # or so much of train is, by a hash of the text
-    format: Format | None = None  # None: by the ending of a file's name; .txt, .bio and .conll are conll
-    # columns: a name, of a file that begins with a line of names, or a number from 0, of one that does not (-1: the last).
-    # None: text and label; of conll 0 and -1; of jsonl and parquet with tags: tokens and tags, two lists
-    text: Column | None = None
-    label: Column | None = None
-    messages: str = "messages"  # field with a conversation: a list of {"role": ..., "content": ...}
-    labels: Annotated[list[str], Field(min_length=2)] | None = None  # in this order; None: those of train, sorted
-    join: str = " "  # between words of a tagged text; "" where each character is a word
-    word_token: Literal["first", "last"] = "first"  # token of a word that has its tag; the others are not counted
-    too_long: Literal["refuse", "cut"] = "refuse"  # texts of more than model.seq_len tokens; cut: their end
-    # longhaul: the plain template of data/chat.py; tokenizer: the one that comes with the tokenizer
-    template: Literal["longhaul", "tokenizer"] = "longhaul"
+    valid_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # or about so much of train, by a hash of the text
+    format: Format | None = None  # None: by the ending of a file's name; .txt, .bio, .iob and .conll are conll
+    too_long: Literal["refuse", "cut"] = "refuse"  # what is longer than model.seq_len tokens; cut: its end is left out
 
     @model_validator(mode="after")
-    def _fits_its_kind(self) -> Self:
-        wrong = [
-            f"task.{key} has no effect on kind {self.kind}, only on {' and '.join(kinds)}; leave it out"
-            for key, kinds in _OF_KINDS.items()
-            if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].default
-        ]
-        if self.format is not None and self.format not in _FORMATS[self.kind]:
-            wrong.append(
-                f"task.format={self.format} cannot hold what kind {self.kind} needs; use {', '.join(_FORMATS[self.kind])}"
-            )
+    def _check(self) -> Self:
+        wrong = []
+        if self.format is not None and self.format not in self.formats:
+            wrong.append(f"format={self.format} cannot hold what this task needs; use one of {', '.join(self.formats)}")
         if self.valid and self.valid_fraction:
-            wrong.append(f"task.valid and task.valid_fraction={self.valid_fraction} are both given; give one of them")
-        if self.labels is not None and len(set(self.labels)) < len(self.labels):
-            wrong.append(f"task.labels names a label twice: {', '.join(self.labels)}; name each once")
+            wrong.append(f"valid and valid_fraction={self.valid_fraction} are both given; give one of them")
+        labels = getattr(self, "labels", [])
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            wrong.append(f"labels names {', '.join(map(repr, twice))} more than once; name each label once")
         if wrong:
             raise ValueError("\n".join(wrong))
         return self
 
-    @property
-    def formats(self) -> tuple[Format, ...]:
-        """What files of this kind can be."""
-        return _FORMATS[self.kind]
+
+class ClassifyTask(_Task, frozen=True, extra="forbid", strict=True):
+    """One label for each text."""
+
+    formats = ("tsv", "csv", "jsonl", "parquet")
+
+    kind: Literal["classify"]
+    labels: Labels  # all of them; their order is that of the head's rows
+    text: Column = "text"  # column, or field
+    label: Column = "label"
+
+
+class TagTask(_Task, frozen=True, extra="forbid", strict=True):
+    """One tag for each word, such as named entities by B-PER, I-PER and O."""
+
+    formats = ("conll", "jsonl", "parquet")
+
+    kind: Literal["tag"]
+    labels: Labels
+    words: Column | None = None  # None: the first column of conll, else the field tokens, a list of strings
+    tags: Column | None = None  # None: the last column of conll, else the field tags, as long a list
+    join: str = " "  # what is between words; "" where each character is a word, as in Chinese
+    word_token: Literal["first", "last"] = "first"  # which token of a word has its tag; the others do not count
+
+
+class ChatTask(_Task, frozen=True, extra="forbid", strict=True):
+    """Conversations: loss on the answers alone."""
+
+    formats = ("jsonl", "parquet")
+
+    kind: Literal["chat"]
+    messages: str = "messages"  # field: a list of {"role": "system", "user" or "assistant", "content": "..."}
+    # plain: the words of data/chat.py, for any tokenizer; tokenizer: the chat template that comes with the origin's
+    # tokenizer; None: tokenizer where it comes with one, else plain
+    template: Literal["plain", "tokenizer"] | None = None

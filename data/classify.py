@@ -18,8 +18,10 @@ from data.tokenizer import Tokenizer
 def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int, cfg: ClassifyTask) -> RowSet:
     """A row each. Labels are in the set. Raises RecordError for a text without a token, and for one that is too long."""
     number = {label: at for at, label in enumerate(cfg.labels)}
-    rows, cut, texts = [], 0, [example.text for example in examples]
-    every = tokenizer.encode_batch(texts)
+    n_empty = sum(not example.text for example in examples)
+    examples = [example for example in examples if example.text]
+    rows, cut = [], 0
+    every = tokenizer.encode_batch([example.text for example in examples])
     refuse_long([e.where for e in examples], [len(ids) for ids in every], seq_len, cfg.too_long)
     for example, ids in zip(examples, every, strict=True):
         if not len(ids):
@@ -30,6 +32,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, seq_len: 
         targets[-1] = number[example.label]
         rows.append(Row(tokens, targets))
     notes = [f"{cut} of {len(rows)} texts are cut at {seq_len} tokens"] if cut else []
+    notes += [f"{n_empty} empty texts are left out"] if n_empty else []
     return RowSet(rows, [example.where for example in examples], seq_len, notes)
 
 

@@ -19,7 +19,7 @@ class Example(NamedTuple):
     """A text and its label."""
 
     where: str
-    text: str
+    text: str  # "": to be left out
     label: str
 
     @property
@@ -42,10 +42,11 @@ class Sentence(NamedTuple):
 
 def read_examples(cfg: ClassifyTask, paths: list[str]) -> list[Example]:
     """Raises RecordError for a text or label that is empty or of another type, and for a label that is not in the set."""
-    found = [
-        Example(where, _filled(text, "text", where), _label(label, where))
-        for where, (text, label) in read_records(paths, lambda fmt: [cfg.text, cfg.label], cfg.format, cfg.formats)
-    ]
+    found = []
+    for where, (text, label) in read_records(paths, lambda fmt: [cfg.text, cfg.label], cfg.format, cfg.formats):
+        empty = text is None or (isinstance(text, str) and not text.strip())
+        text = "" if empty and cfg.empty == "leave_out" else _filled(text, "text", where)
+        found.append(Example(where, text, _label(label, where)))
     check_labels([(example.where, [example.label]) for example in found], cfg.labels)
     return found
 
@@ -74,7 +75,9 @@ def _filled(value: Any, what: str, where: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{where}: its {what} is {_shown(value)}; expected a string")
     if not value.strip():
-        raise RecordError(f"{where}: its {what} is empty; take the example out, or fill it in")
+        raise RecordError(
+            f"{where}: its {what} is empty; fill it in or take the example out, or say task.empty: leave_out"
+        )
     return value
 
 

@@ -17,6 +17,7 @@ class _Task(BaseModel, frozen=True, extra="forbid", strict=True):
     valid: list[str] = []  # the same, held out
     valid_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # or about so much of train, by a hash of the text
     format: Format | None = None  # None: by the ending of a file's name; .txt, .bio, .iob and .conll are conll
+    empty: Literal["refuse", "leave_out"] = "refuse"  # an example whose text is empty
     too_long: Literal["refuse", "cut"] = "refuse"  # what is longer than model.seq_len tokens; cut: its end is left out
 
     @model_validator(mode="after")

@@ -1,8 +1,8 @@
 """Refuse a run before it is queued: `python launcher/check.py --config R --ranks 16 [section.key=value …]`.
 
-What launcher/pretrain.py would refuse at its start, but for what only the machine that computes can tell: recipe, data,
-another run in its folder, space for a checkpoint. The last line is JSON: run_dir, name, finished. Exit code 2 where the
-run is refused.
+What launcher/pretrain.py or launcher/finetune.py, whichever the recipe is for, would refuse at its start, but for what only
+the machine that computes can tell: recipe, data, another run in its folder, space for a checkpoint. The last line is JSON:
+run_dir, name, finished, command. Exit code 2 where the run is refused.
 """
 
 import argparse
@@ -11,13 +11,14 @@ import os
 import sys
 
 from data.errors import DataError
-from launcher.config import ConfigError, load_config
+from launcher.config import ConfigError
+from launcher.finetune import command_for
 from launcher.limits import LimitError
-from launcher.pretrain import begin_logging, open_again, refuse_stop_behind
+from launcher.pretrain import begin_logging
 from launcher.redaction import hide
-from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, refuse_other_config
+from launcher.run_dir import RunDirError, prepare_run_dir
+from launcher.start import check_run, is_finished, refuse_stop_behind
 from parallel.checkpoint import committed_steps
-from parallel.deepspeed_config import check_passthrough
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -38,21 +39,17 @@ def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
     begin_logging()
     try:
-        cfg = load_config(args.config, args.overrides)
-        if wrong := check_passthrough(cfg.parallel):
-            raise ConfigError("\n".join(wrong))
-        cfg.grad_accum_steps(args.ranks)
-        refuse_other_config(cfg, args.allow_change)
-        open_again(cfg, args.ranks, Ledger(cfg.run_dir).left_out())
+        command = command_for(args.config)
+        cfg = command.load(args.config, args.overrides)
+        check_run(cfg, args.allow_change, args.ranks, command)
         if not args.write_nothing:
             prepare_run_dir(cfg, needed_bytes=12 * cfg.model.n_params)  # fp32 weights and two moments
-        steps = committed_steps(cfg.run_dir / "checkpoints")
-        refuse_stop_behind(cfg, steps)
-        finished = bool(steps) and steps[-1] >= cfg.train.steps and Ledger(cfg.run_dir).tells_finished(steps[-1])
+        refuse_stop_behind(cfg, committed_steps(cfg.run_dir / "checkpoints"))
     except (ConfigError, DataError, RunDirError, LimitError) as error:
         print(hide(str(error)), file=sys.stderr)
         return 2
-    print(json.dumps({"run_dir": os.path.abspath(cfg.run_dir), "name": cfg.run.name, "finished": finished}))
+    facts = {"run_dir": os.path.abspath(cfg.run_dir), "name": cfg.run.name, "finished": is_finished(cfg)}
+    print(json.dumps({**facts, "command": command.name}))
     return 0
 
 

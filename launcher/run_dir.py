@@ -10,9 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from pydantic import ValidationError
 
 from launcher.config import ConfigError, RunConfig, contradictions, to_yaml, unknown_keys
+from model.config import ModelConfig
+from model.transformer import Transformer
+from parallel.checkpoint import committed_steps
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +49,12 @@ def refuse_other_config(cfg: RunConfig, allowed: list[str]) -> None:
     saved = read_saved_config(cfg.run_dir)
     if saved is None:
         return
+    if committed_steps(cfg.run_dir / "checkpoints") and (reshaped := _other_shapes(saved, cfg.model)):
+        raise ConfigError(
+            f"{cfg.run_dir} holds a run of another model, whose checkpoints cannot be read into this one:\n"
+            + "\n".join(f"  {line}" for line in reshaped)
+            + "\nset the keys of `model` back, or use another run.name"
+        )
     wrong = contradictions(saved, cfg.model_dump(mode="json"), allowed)
     if wrong:
         raise ConfigError(
@@ -51,6 +62,23 @@ def refuse_other_config(cfg: RunConfig, allowed: list[str]) -> None:
             + "\n".join(f"  {line}" for line in wrong)
             + "\nuse another run.name, set the keys back, or allow each on purpose with --allow-change KEY"
         )
+
+
+def _other_shapes(saved: dict[str, Any], model: ModelConfig) -> list[str]:
+    """The keys of `model` that differ, where the weights then do in name or shape."""
+    try:
+        before = ModelConfig.model_validate(saved.get("model"))
+    except ValidationError:  # of another version of this program: contradictions tells
+        return []
+    if _shapes(before) == _shapes(model):
+        return []
+    old, new = before.model_dump(), model.model_dump()
+    return [f"model.{key}: was {old[key]!r}, is {new[key]!r}" for key in new if old[key] != new[key]]
+
+
+def _shapes(model: ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: p.shape for name, p in Transformer(model).named_parameters()}
 
 
 def prepare_run_dir(cfg: RunConfig, needed_bytes: int) -> None:

@@ -7,14 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.fast_tokenizer import before_text, load_exported
 from data.tokenizer import Tokenizer
-from launcher.config import RunConfig, validate
+from launcher.config import FinetuneConfig, RunConfig, validate
+from launcher.task_config import ClassifyTask, TagTask
+from model.classifier import Classifier
 from model.hf_folder import DTYPES, is_hf_folder, read_config, read_model
 from model.transformer import Transformer
 from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps, faults, folder_name
+
+
+def build_model(cfg: RunConfig) -> nn.Module:
+    """The model that a run of this config trains; its parameters have no values."""
+    if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ClassifyTask | TagTask):
+        return Classifier(cfg.model, len(cfg.task.labels))
+    return Transformer(cfg.model)
 
 
 @dataclass(frozen=True)
@@ -46,10 +55,10 @@ class Checkpoint:
         return model.eval()
 
 
-def open_checkpoint(run_dir: Path, step: int | None, fall_back: bool = False) -> Checkpoint:
+def open_checkpoint(run_dir: Path, step: int | None, fall_back: bool = False, hashed: bool = True) -> Checkpoint:
     """A checkpoint of a run, every file of it compared with its hash. Nothing in the run's folder is changed.
 
-    step: its step; None: the newest, or with fall_back the newest that is whole.
+    step: its step; None: the newest, or with fall_back the newest that is whole.    hashed: False compares sizes alone.
     Raises CheckpointError where there is none or it is damaged, ConfigError where its config cannot be used.
     """
     folder = run_dir / "checkpoints"
@@ -65,7 +74,7 @@ def open_checkpoint(run_dir: Path, step: int | None, fall_back: bool = False) ->
     passed_over: list[str] = []
     for candidate in reversed(steps if step is None else [step]):
         path = folder / folder_name(candidate)
-        if not (wrong := faults(path)):
+        if not (wrong := faults(path, hashed=hashed)):
             reader = CheckpointReader(path)
             cfg = validate(reader.manifest.config, str(path / "manifest.json"))
             return Checkpoint(run_dir, reader, cfg, tuple(passed_over))

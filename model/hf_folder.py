@@ -183,29 +183,45 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from None
 
 
-def read_model(folder: Path, cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
-    """Our model with the folder's weights, in eval mode. cfg: read_config of it.
+def read_state(folder: Path, cfg: ModelConfig) -> dict[str, Tensor]:
+    """The folder's weights by our names, as they are there. cfg: read_config of it.
 
     Raises ValueError where they are no safetensors, cut short, or do not fit the config.
     """
     state: dict[str, Tensor] = {}
-    for name in _weight_files(folder):
+    for name in weight_files(folder):
         try:
-            state |= {key: tensor.to(dtype) for key, tensor in load_file(folder / name).items()}
+            state |= load_file(folder / name)
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{folder / name} cannot be read: {error}; fetch or export the folder again") from None
-    with torch.device("meta"):
-        model = Transformer(cfg)
     try:
-        model.load_state_dict(from_hf_state(cfg, state), assign=True)  # the tensors themselves: no copy
+        ours = from_hf_state(cfg, state)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{folder}: {error}") from None
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Transformer(cfg).named_parameters()}
+    if other := sorted(name for name, shape in shapes.items() if ours[name].shape != shape):
+        name = other[0]
+        raise ValueError(
+            f"{folder}: size mismatch for {name}: {tuple(ours[name].shape)}, its {CONFIG} says {tuple(shapes[name])}; fetch "
+            "or export the folder again"
+        )
+    return ours
+
+
+def read_model(folder: Path, cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Our model with the folder's weights, in eval mode. cfg: read_config of it. Raises ValueError as read_state does."""
+    state = {name: tensor.to(dtype) for name, tensor in read_state(folder, cfg).items()}
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    model.load_state_dict(state, assign=True)  # the tensors themselves: no copy
     if cfg.tie_embeddings:
         model.head.weight = model.embed.weight
     return model.eval()
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files. Raises ValueError where there are none, or the index is damaged."""
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
     if not (folder / INDEX).is_file():

@@ -110,6 +110,17 @@ def test_a_run_folder_of_another_config(capsys, recipe):
     pretrain.check(args)
     assert pretrain.main(["--config", str(recipe), "run.seed=3", "--allow-change", "optim.lrr", "run.name=test"]) == 2
     assert "--allow-change optim.lrr: no such key" in capsys.readouterr().err
+    (run_dir / "checkpoints/step-00000005").mkdir(parents=True)
+    (run_dir / "checkpoints/step-00000005/manifest.json").write_text("{}")
+    text = refused(capsys, recipe, "--allow-change", "model.d_ff")
+    assert (
+        "holds a run of another model, whose checkpoints cannot be read into this one:\n  model.d_ff: was 96, is 64"
+        in text
+    )
+    assert "--allow-change" not in text
+    text = refused(capsys, recipe, "model.d_ff=96", "model.dropout=0.2")  # which changes no weight
+    assert "model.dropout: was 0.1, is 0.2" in text
+    assert "allow each on purpose with --allow-change KEY" in text
     (run_dir / "config.yaml").write_text("[")
     assert "config.yaml cannot be read" in refused(capsys, recipe)
 

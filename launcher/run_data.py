@@ -14,6 +14,7 @@ from data.dataset import Dataset, open_valid, reading
 from data.errors import DataError
 from data.lanes import Stream
 from data.loader import Loader
+from data.row_loader import RowLoader
 from data.store import is_url
 from data.stream import StreamLoader, check_lanes, fingerprint
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -22,7 +23,7 @@ from launcher.held_out import score_names
 from launcher.run_dir import Ledger
 from parallel.mesh import Mesh
 
-AnyLoader = Loader | StreamLoader
+AnyLoader = Loader | StreamLoader | RowLoader
 
 
 class RunData(ABC):

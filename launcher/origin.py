@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from parallel.mesh import Mesh  # which costs DeepSpeed; launcher/prepare.py does without
 
 HEAD = "head.weight"  # which a model with labels has no place for
-NEW = "label_head."  # with which the names of a head for labels begin
+NEW = "score."  # with which the names of a head for labels begin
 MAY_DIFFER = ("dropout", "seq_len")  # of the model section; seq_len where positions are rotary
 
 

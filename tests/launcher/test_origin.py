@@ -148,7 +148,7 @@ def test_only_heads_may_be_new_or_dropped(made):
     opened = open_origin(str(made))
     shapes = dict(opened.shapes)
     assert match(shapes, opened) == ([], [])
-    assert match(shapes | {"label_head.weight": (2, 48)}, opened) == (["label_head.weight"], [])
+    assert match(shapes | {"score.weight": (2, 48)}, opened) == (["score.weight"], [])
     for changed, message in [
         (shapes | {"blocks.9.attn.wq.weight": (48, 48)}, "blocks.9.attn.wq.weight has no value in it"),
         ({k: v for k, v in shapes.items() if k != "norm.bias"}, "its norm.bias has no place in the model"),

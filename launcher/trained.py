@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.fast_tokenizer import before_text, load_exported
 from data.tokenizer import Tokenizer
 from launcher.config import FinetuneConfig, RunConfig, validate
 from launcher.task_config import ClassifyTask, TagTask
 from model.classifier import Classifier
+from model.hf import LabelHead
 from model.hf_folder import DTYPES, is_hf_folder, read_config, read_model
 from model.transformer import Transformer
 from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps, faults, folder_name
 
 
-def build_model(cfg: RunConfig) -> nn.Module:
+def build_model(cfg: RunConfig) -> Transformer:
     """The model that a run of this config trains; its parameters have no values."""
     if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ClassifyTask | TagTask):
         return Classifier(cfg.model, len(cfg.task.labels))
@@ -46,9 +47,19 @@ class Checkpoint:
         """Elements [start, stop) of a flattened parameter, fp32."""
         return self.reader.read(name, "weight", start, stop)
 
+    @property
+    def label_head(self) -> LabelHead | None:
+        """What it has in place of a head for tokens."""
+        task = self.cfg.task if isinstance(self.cfg, FinetuneConfig) else None
+        return (
+            LabelHead(tuple(task.labels), isinstance(task, TagTask))
+            if isinstance(task, ClassifyTask | TagTask)
+            else None
+        )
+
     def model(self, rounded_to: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32) -> Transformer:
         """The model in eval mode, computing in `dtype` with weights that were rounded to `rounded_to` before."""
-        model = Transformer(self.cfg.model).to(dtype)
+        model = build_model(self.cfg).to(dtype)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(self.reader.tensor(name).to(rounded_to))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.fast_tokenizer import before_text, load_exported
 from data.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ from model.transformer import Transformer
 from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps, faults, folder_name
 
 
-def build_model(cfg: RunConfig) -> nn.Module:
+def build_model(cfg: RunConfig) -> Transformer:
     """The model that a run of this config trains; its parameters have no values."""
     if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ClassifyTask | TagTask):
         return Classifier(cfg.model, len(cfg.task.labels))
@@ -48,7 +48,7 @@ class Checkpoint:
 
     def model(self, rounded_to: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32) -> Transformer:
         """The model in eval mode, computing in `dtype` with weights that were rounded to `rounded_to` before."""
-        model = Transformer(self.cfg.model).to(dtype)
+        model = build_model(self.cfg).to(dtype)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(self.reader.tensor(name).to(rounded_to))

@@ -10,9 +10,12 @@ WAIT_S = 60  # after the first rank has ended; the others still save, and must n
 
 
 def job_script(
-    cfg: ClusterConfig, *, name: str, run_dir: Path, cwd: Path, python: str, arguments: list[str], lead_s: int
-) -> str:
-    """run_dir, cwd: absolute. arguments: of launcher/pretrain.py. lead_s: seconds before the time limit to stop."""
+    cfg: ClusterConfig, *, name: str, run_dir: Path, cwd: Path, python: str, arguments: list[str], lead_s: int,
+    command: str = "pretrain",
+) -> str:  # fmt: skip
+    """run_dir, cwd: absolute.    command: pretrain or finetune, of launcher/.    arguments: its own.    lead_s: seconds
+    before the time limit to stop.
+    """
     by_node = cfg.launch == "deepspeed"
     tasks = 1 if by_node else cfg.ranks_per_node
     cpus = cfg.cpus_per_task and cfg.cpus_per_task * (cfg.ranks_per_node if by_node else 1)
@@ -37,7 +40,7 @@ def job_script(
     if cfg.scratch:
         lines.append(f"mkdir -p {shlex.quote(cfg.scratch)}")
     inside = cfg.container.python if cfg.container else python
-    ranks = [inside, str(ROOT / "launcher/pretrain.py"), *arguments]
+    ranks = [inside, str(ROOT / f"launcher/{command}.py"), *arguments]
     srun = ["srun", f"--ntasks-per-node={tasks}", *([f"--cpus-per-task={cpus}"] if cpus else []), f"--wait={WAIT_S}"]
     if by_node:
         hostfile = shlex.quote(str(run_dir / "hostfile"))

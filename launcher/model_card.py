@@ -9,7 +9,9 @@ from typing import Any
 import yaml
 
 from data.fast_tokenizer import SENTENCEPIECE
+from launcher.config import FinetuneConfig, RunConfig
 from launcher.redaction import hide
+from launcher.task_config import ChatTask, TextTask
 from launcher.trained import Checkpoint
 
 _LOAD = """\
@@ -75,8 +77,7 @@ tags: [longhaul]
 # {name}
 
 A language model of {report["parameters"]:,} parameters ({report["architecture"]}, context {cfg.model.seq_len:,} tokens),
-pretrained with Longhaul: step {report["step"]:,} of the run `{report["run"]}`. It continues text; it was not taught to
-follow instructions.
+{_made(cfg)} with Longhaul: step {report["step"]:,} of the run `{report["run"]}`. {_does(cfg)}
 
 No licence is stated here: that is for whoever publishes it to decide, as it depends on the data.
 
@@ -122,13 +123,31 @@ computing in fp32 with these weights, differ by at most {logits["largest_differe
     return hide(text)
 
 
+def _made(cfg: RunConfig) -> str:
+    if not isinstance(cfg, FinetuneConfig):
+        return "pretrained"
+    origin = re.sub(r"@\d+$", "", os.path.basename(cfg.init.rstrip("/")))  # no path of this machine
+    step = "" if cfg.origin.step is None else f" at step {cfg.origin.step:,}"
+    return f"fine-tuned from `{origin}`{step} (digest {cfg.origin.digest})"
+
+
+def _does(cfg: RunConfig) -> str:
+    if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ChatTask):
+        return "It was tuned on conversations, with the loss on the answers alone."
+    return "It continues text; it was not taught to\nfollow instructions."
+
+
 def _tokens(report: dict[str, Any]) -> str:
     seen = report["tokens_seen"]
     return "An unknown number of tokens" if seen is None else f"{seen:,} tokens"
 
 
 def _sources(checkpoint: Checkpoint) -> str:
-    data = checkpoint.cfg.data
+    cfg, data = checkpoint.cfg, checkpoint.cfg.data
+    if isinstance(cfg, FinetuneConfig) and not isinstance(cfg.task, TextTask):
+        return (
+            f"- examples for the task `{cfg.task.kind}`: the targets of the fine-tuning, without what its origin read"
+        )
     if data.stream is not None:
         return f"- raw text, streamed{_hub(data.stream.dataset)}"
     lines = []

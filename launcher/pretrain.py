@@ -416,16 +416,21 @@ def conclude(
         )
         return
     tokens_per_s = overall.tokens / overall.step_s if overall.step_s else None  # of this start's steps alone
-    best = progress.describe_best(cfg.eval)
+    best = progress.best_of(cfg.eval)
     ledger.add("finished", step=progress.step, tokens=progress.tokens, **valid, **best)
     log.info(
-        "finished: %d steps, %s tokens, %s%s%s",
+        "finished: %d steps, %s tokens, %s%s",
         progress.step,
         f"{progress.tokens:,}",
         describe(valid, list(valid)),
         f"  tokens_per_s {tokens_per_s:,.0f}" if tokens_per_s else "",
-        "".join(f"\n  {key.replace('_', ' ')}: {value}" for key, value in best.items()),
     )
+    if best:
+        log.info(
+            "  best by %s: %.4g at step %d, which stays", cfg.eval.keep_best, best["best_score"], best["best_step"]
+        )
+    if "ended_by" in best:
+        log.info("  ended before step %d by %s", cfg.train.steps, best["ended_by"])
     log.info("  the run lies in   %s", cfg.run_dir)
     for doing, typed in command.uses(cfg).items():
         log.info("  %-17s %s %s", doing, typed_as("python"), typed)

@@ -69,7 +69,7 @@ class Progress:
         patience = cfg.eval.patience
         return self.step >= cfg.train.steps or (patience is not None and self.since_best >= patience)
 
-    def describe_best(self, cfg: EvalConfig) -> dict[str, Any]:
+    def best_of(self, cfg: EvalConfig) -> dict[str, Any]:
         """What the end of a run says of its best checkpoint, and of why it has not all its steps."""
         if cfg.keep_best is None or self.best is None:
             return {}

@@ -384,7 +384,8 @@ def to_yaml(cfg: RunConfig) -> str:
 # What a resumed run may be given anew: where it runs and what it writes, not what it computes.
 _MAY_CHANGE = ("parallel.", "checkpoint.", "log.", "eval.", "train.micro_batch_size", "train.stop_at", "train.bad_steps.",
                "run.folder", "run.name", "data.workers", "data.stream.workers", "data.corpus", "data.cache.", "data.on_bad",
-               "data.max_bad", "data.max_document_bytes", "data.shard_bytes", "data.valid_fraction")  # fmt: skip
+               "data.max_bad", "data.max_document_bytes", "data.shard_bytes", "data.valid_fraction",
+               "task.train", "task.valid")  # fmt: skip
 
 
 def unknown_keys(cfg: RunConfig, keys: list[str]) -> list[str]:

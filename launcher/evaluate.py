@@ -1,6 +1,6 @@
-"""Loss, perplexity and bits a byte of a run's checkpoint or a Hugging Face folder, source by source.
+"""Loss, perplexity and bits a byte of a run's checkpoint or a Hugging Face folder, source by source; scores of a task.
 
-    python launcher/evaluate.py runs/NAME                                       # on what its corpus holds out
+    python launcher/evaluate.py runs/NAME                                       # on what it holds out
     python launcher/evaluate.py runs/NAME --step 1000 --data texts/*.txt more.jsonl --field text --json
     python launcher/evaluate.py exports/NAME --data texts/*.txt
 
@@ -32,7 +32,8 @@ from data.manifest import MANIFEST
 from data.sources import FilesConfig, JsonlConfig, Limits, TextConfig, documents, open_source
 from data.store import is_url
 from data.tokenizer import Tokenizer
-from launcher.config import ConfigError
+from launcher.config import ConfigError, FinetuneConfig
+from launcher.evaluate_task import on_examples, task_table
 from launcher.held_out import Batch, Sums, bits_per_byte, combine, perplexity, sum_losses
 from launcher.trained import Checkpoint, Trained, load_trained
 from model.hf_folder import DTYPES
@@ -98,7 +99,7 @@ def on_corpus(trained: Trained, location: str | None, windows: int | None, batch
 
 def _of_corpus(trained: Trained, corpus: Corpus, windows: int, batch: int) -> Sums:
     with torch.inference_mode():
-        return sum_losses(trained.model, eval_batches(corpus, windows, batch, 0, 1), trained.model.head.weight.device)
+        return sum_losses(trained.model, eval_batches(corpus, windows, batch, 0, 1), trained.model.embed.weight.device)
 
 
 def _check_tokenizer(trained: Trained, valid: dict[str, Corpus], cfg: DataConfig) -> None:
@@ -147,7 +148,7 @@ def _of_source(trained: Trained, source: FilesConfig, windows: int | None, batch
     counted = Counted(trained.tokenizer, trained.model.cfg.seq_len, windows)
     with torch.inference_mode():
         batches = batched(counted.rows(source), batch)
-        sums = sum_losses(trained.model, batches, trained.model.head.weight.device)
+        sums = sum_losses(trained.model, batches, trained.model.embed.weight.device)
     if not sums.targets:
         raise ValueError(f"{source.paths[0]} has no text to evaluate; name files with text")
     return Result(sums, counted.n_bytes)
@@ -215,6 +216,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     trained = load_trained(args.model, args.step, None if args.dtype is None else DTYPES[args.dtype])
     checkpoint = trained.checkpoint
     batch = args.batch_size or (DEFAULT_BATCH if checkpoint is None else checkpoint.cfg.train.micro_batch_size)
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == trained.model.embed.weight.dtype)
+    about = {"model": str(args.model), "step": checkpoint.step if checkpoint else None, "dtype": dtype}
+    if checkpoint is not None and isinstance(checkpoint.cfg, FinetuneConfig) and checkpoint.cfg.task.kind != "text":
+        if args.windows is not None:
+            raise ValueError("--windows is for text; of a task every example counts: leave it out")
+        return about | on_examples(trained, checkpoint.cfg, args.data, batch)
     corpora = [path for path in args.data if is_url(path) or (Path(path) / MANIFEST).is_file()]
     if corpora and len(args.data) > 1:
         raise ValueError(f"--data names the corpus {corpora[0]} and more; evaluate them one by one")
@@ -222,11 +229,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         found = on_corpus(trained, corpora[0] if corpora else None, args.windows, batch)
     else:
         found = on_texts(trained, args.data, args.field, args.windows, batch)
-    dtype = next(name for name, dtype in DTYPES.items() if dtype == trained.model.head.weight.dtype)
-    return {"model": str(args.model), "step": checkpoint.step if checkpoint else None, "dtype": dtype, **found}
+    return about | found
 
 
 def table(found: dict[str, Any]) -> str:
+    if "table" in found:
+        return task_table(found)
     step = f" step {found['step']}" if found["step"] is not None else ""
     rows = {**found["sources"], "all": found["overall"]}
     width = max(map(len, rows))

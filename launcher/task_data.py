@@ -3,22 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
-from data.chat import encode_conversations, open_template, read_conversations
-from data.classify import encode_examples
 from data.config import SkipConfig
-from data.examples import hold_out, read_examples, read_sentences, shares
+from data.examples import hold_out, shares
 from data.loader import IGNORE
 from data.records import RecordError
 from data.row_loader import RowLoader, RowSet, same_data
-from data.tag import encode_sentences
 from data.tokenizer import Tokenizer
 from launcher.config import ConfigError, FinetuneConfig, RunConfig
 from launcher.run_data import RunData
 from launcher.scores import kinds_of
 from launcher.task_config import ChatTask, ClassifyTask, TagTask
+from launcher.task_examples import Task, encode_task, read_task
 from parallel.mesh import Mesh
-
-Task = ChatTask | ClassifyTask | TagTask
 
 
 def open_task_data(
@@ -34,30 +30,6 @@ def open_task_data(
     tokenizer: the origin's. Raises DataError or ConfigError where something does not fit.
     """
     return TaskData(cfg, tokenizer, cursor, left_out)
-
-
-def read_task(task: Task, paths: list[str]) -> list[Any]:
-    """The examples of files. Raises DataError, with file and line, for the first that cannot be used."""
-    if isinstance(task, ClassifyTask):
-        found: list[Any] = read_examples(task, paths)
-    elif isinstance(task, TagTask):
-        found = read_sentences(task, paths)
-    else:
-        found = read_conversations(task, paths)
-    if not found:
-        raise RecordError(
-            f"{', '.join(paths)}: there is no example in it; name files with examples in the task section"
-        )
-    return found
-
-
-def encode_task(task: Task, examples: Sequence[Any], tokenizer: Tokenizer, seq_len: int) -> RowSet:
-    """Examples as rows of at most seq_len tokens. Raises DataError for one that is too long."""
-    if isinstance(task, ClassifyTask):
-        return encode_examples(examples, tokenizer, seq_len, task)
-    if isinstance(task, TagTask):
-        return encode_sentences(examples, tokenizer, seq_len, task)
-    return encode_conversations(examples, open_template(task.template, tokenizer), seq_len, task.too_long)
 
 
 class TaskData(RunData):

@@ -20,7 +20,7 @@ from launcher.pretrain import leave, main
 from launcher.run_data import RunData, open_data
 from launcher.saving import Initial
 from launcher.start import PRETRAIN, Command
-from launcher.task_config import ClassifyTask, TagTask, TextTask
+from launcher.task_config import ChatTask, ClassifyTask, TagTask, TextTask
 from launcher.task_data import open_task_data
 from launcher.task_evaluation import evaluate_task
 from launcher.trained import build_model
@@ -63,6 +63,8 @@ def evaluate(
 def uses(cfg: RunConfig) -> dict[str, str]:
     if isinstance(of_finetune(cfg).task, ClassifyTask | TagTask):
         return {"evaluate it": f"launcher/evaluate.py {cfg.run_dir}"}
+    if isinstance(of_finetune(cfg).task, ChatTask):
+        return {"talk to it": f"launcher/generate.py {cfg.run_dir} --chat"}
     return {"sample its text": f"launcher/generate.py {cfg.run_dir} --prompt 'def '"}
 
 

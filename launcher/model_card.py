@@ -11,7 +11,7 @@ import yaml
 from data.fast_tokenizer import SENTENCEPIECE
 from launcher.config import FinetuneConfig, RunConfig
 from launcher.redaction import hide
-from launcher.task_config import ChatTask, TextTask
+from launcher.task_config import ChatTask, ClassifyTask, TagTask, TextTask
 from launcher.trained import Checkpoint
 
 _LOAD = """\
@@ -28,6 +28,23 @@ model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = sentencepiece.SentencePieceProcessor(model_file="{folder}/{own}/tokenizer.model")
 inputs = torch.tensor([tokenizer.encode("{prompt}")])
 print(tokenizer.decode(model.generate(inputs, max_new_tokens={tokens})[0].tolist()))
+"""
+
+_LOAD_CLASSIFIER = """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+model = AutoModelForSequenceClassification.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+inputs = tokenizer(["a text", "another, which is longer"], padding=True, truncation=True, return_tensors="pt")
+print([model.config.id2label[label] for label in model(**inputs).logits.argmax(-1).tolist()])
+"""
+_LOAD_TAGGER = """\
+import torch
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+model = AutoModelForTokenClassification.from_pretrained("{folder}").eval()
+tokenizer, words = AutoTokenizer.from_pretrained("{folder}"), ["Words", "of", "a", "sentence"]
+ids = [tokenizer(("{join}" if i else "") + word).input_ids for i, word in enumerate(words)]  # each word by itself
+tags = iter(model(torch.tensor([sum(ids, [])])).logits[0].argmax(-1).tolist())
+print([model.config.id2label[[next(tags) for _ in of_word][-{at:d}]] for of_word in ids])
 """
 
 
@@ -70,13 +87,13 @@ def model_card(checkpoint: Checkpoint, report: dict[str, Any], name: str) -> str
     text = f"""\
 ---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {_pipeline(checkpoint)}
 tags: [longhaul]
 ---
 
 # {name}
 
-A language model of {report["parameters"]:,} parameters ({report["architecture"]}, context {cfg.model.seq_len:,} tokens),
+{_kind(checkpoint)} of {report["parameters"]:,} parameters ({report["architecture"]}, context {cfg.model.seq_len:,} tokens),
 {_made(cfg)} with Longhaul: step {report["step"]:,} of the run `{report["run"]}`. {_does(cfg)}
 
 No licence is stated here: that is for whoever publishes it to decide, as it depends on the data.
@@ -86,10 +103,9 @@ No licence is stated here: that is for whoever publishes it to decide, as it dep
 Run from the folder that `{name}` lies in:
 
 ```python
-{snippet(name, tokenizer["auto_tokenizer"], cfg.model.seq_len)}```
+{_snippet(checkpoint, report, name)}```
 
-A document begins after the end of another one (id {report["ids"]["eos"]}), so that is also the id to begin an empty text
-with; nothing else is put before a text.
+{_note(checkpoint, report)}
 
 ## Data
 
@@ -105,7 +121,7 @@ with; nothing else is put before a text.
 
 Weights are {report["dtype"]}. On {logits["tokens"]:,} tokens of {report["text"]}, `transformers` and the training code, both
 computing in fp32 with these weights, differ by at most {logits["largest_difference"]:.2e} in a logit (the largest is
-{logits["largest_logit"]:.3g}; loss {logits["loss_there"]:.6f} and {logits["loss_here"]:.6f}). {of_tokenizer}
+{logits["largest_logit"]:.3g}{_losses(logits)}). {of_tokenizer}
 {_notes(report)}
 `export_report.json` has all figures, and every file's size and xxh3-128 hash.
 
@@ -123,6 +139,47 @@ computing in fp32 with these weights, differ by at most {logits["largest_differe
     return hide(text)
 
 
+def _snippet(checkpoint: Checkpoint, report: dict[str, Any], name: str) -> str:
+    fast, head = report["tokenizer"]["auto_tokenizer"], checkpoint.label_head
+    if head is None:
+        return snippet(name, fast, checkpoint.cfg.model.seq_len)
+    assert isinstance(checkpoint.cfg, FinetuneConfig)
+    if isinstance(checkpoint.cfg.task, TagTask):
+        return _LOAD_TAGGER.format(
+            folder=name, join=checkpoint.cfg.task.join, at=checkpoint.cfg.task.word_token == "last"
+        )
+    return _LOAD_CLASSIFIER.format(folder=name)
+
+
+def _note(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
+    if checkpoint.label_head is None:
+        return (
+            f"A document begins after the end of another one (id {report['ids']['eos']}), so that is also the id to begin "
+            "an empty text\nwith; nothing else is put before a text."
+        )
+    return (
+        "Nothing is put before a text. Labels: "
+        + ", ".join(f"`{label}`" for label in checkpoint.label_head.labels)
+        + "."
+    )
+
+
+def _pipeline(checkpoint: Checkpoint) -> str:
+    head = checkpoint.label_head
+    return "text-generation" if head is None else "token-classification" if head.per_token else "text-classification"
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    head = checkpoint.label_head
+    return "A language model" if head is None else "A tagger of words" if head.per_token else "A classifier of texts"
+
+
+def _losses(logits: dict[str, Any]) -> str:
+    if logits["loss_here"] is None:
+        return ""
+    return f"; loss {logits['loss_there']:.6f} and {logits['loss_here']:.6f}"
+
+
 def _made(cfg: RunConfig) -> str:
     if not isinstance(cfg, FinetuneConfig):
         return "pretrained"
@@ -134,6 +191,8 @@ def _made(cfg: RunConfig) -> str:
 def _does(cfg: RunConfig) -> str:
     if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ChatTask):
         return "It was tuned on conversations, with the loss on the answers alone."
+    if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ClassifyTask | TagTask):
+        return f"It gives {'each word' if isinstance(cfg.task, TagTask) else 'a text'} one of {len(cfg.task.labels)} labels."
     return "It continues text; it was not taught to\nfollow instructions."
 
 

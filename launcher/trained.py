@@ -14,6 +14,7 @@ from data.tokenizer import Tokenizer
 from launcher.config import FinetuneConfig, RunConfig, validate
 from launcher.task_config import ClassifyTask, TagTask
 from model.classifier import Classifier
+from model.hf import LabelHead
 from model.hf_folder import DTYPES, is_hf_folder, read_config, read_model
 from model.transformer import Transformer
 from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps, faults, folder_name
@@ -45,6 +46,16 @@ class Checkpoint:
     def read_weight(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flattened parameter, fp32."""
         return self.reader.read(name, "weight", start, stop)
+
+    @property
+    def label_head(self) -> LabelHead | None:
+        """What it has in place of a head for tokens."""
+        task = self.cfg.task if isinstance(self.cfg, FinetuneConfig) else None
+        return (
+            LabelHead(tuple(task.labels), isinstance(task, TagTask))
+            if isinstance(task, ClassifyTask | TagTask)
+            else None
+        )
 
     def model(self, rounded_to: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32) -> Transformer:
         """The model in eval mode, computing in `dtype` with weights that were rounded to `rounded_to` before."""

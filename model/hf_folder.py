@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
@@ -26,7 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from model.config import ModelConfig
-from model.hf import Rule, from_hf_config, from_hf_state, to_hf_config, weight_rules
+from model.hf import LabelHead, Rule, from_hf_config, from_hf_state, to_hf_config, weight_rules, with_labels
 from model.transformer import Transformer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -88,16 +90,22 @@ class Entry:
                 yield rounded
 
 
-def plan_files(cfg: ModelConfig, dtype: torch.dtype, shard_bytes: int) -> dict[str, list[Entry]]:
+def plan_files(
+    cfg: ModelConfig, dtype: torch.dtype, shard_bytes: int, head: LabelHead | None = None
+) -> dict[str, list[Entry]]:
     """The weight files and what each holds: at most shard_bytes, or one tensor that is larger. A tied head is in none.
+
+    head: in place of the one for tokens.
 
     Raises ValueError as to_hf_config does.
     """
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Transformer(cfg).named_parameters()}
+    if head is not None:
+        shapes |= head.shapes(cfg.d_model)
     groups: list[list[Entry]] = []
     room = 0
-    for rule in weight_rules(cfg):
+    for rule in weight_rules(cfg, head):
         entry = Entry(rule, tuple(shapes[name] for name in rule.ours), dtype)
         if not groups or entry.n_bytes > room:
             groups.append([])
@@ -148,16 +156,27 @@ def _header(entries: list[Entry]) -> bytes:
 
 
 def write_configs(
-    folder: Path, cfg: ModelConfig, dtype: torch.dtype, bos_id: int, eos_id: int, pad_id: int, n_known: int
+    folder: Path,
+    cfg: ModelConfig,
+    dtype: torch.dtype,
+    bos_id: int,
+    eos_id: int,
+    pad_id: int,
+    n_known: int,
+    head: LabelHead | None = None,
 ) -> str:
-    """config.json and generation_config.json. Returns the name of the architecture.
+    """config.json, and generation_config.json of what generates. Returns the name of the architecture.
 
     n_known: ids that the tokenizer knows; the rows of the model beyond them can never be generated.
     """
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
     config = to_hf_config(cfg, **ids)
+    if head is not None:
+        config = with_labels(config, head)
     config.dtype = dtype
     config.save_pretrained(folder)
+    if head is not None:
+        return str(config.architectures[0])
     beyond = list(range(n_known, cfg.vocab_size))
     GenerationConfig(**ids, **({"suppress_tokens": beyond} if beyond else {})).save_pretrained(folder)
     return str(config.architectures[0])
@@ -240,13 +259,20 @@ def weight_files(folder: Path) -> list[str]:
 # -- as transformers computes it ---------------------------------------------------------------------------------------
 
 
-def logits_of_transformers(folder: Path, windows: list[Tensor]) -> list[Tensor]:
+def logits_of_transformers(folder: Path, windows: list[Tensor], head: LabelHead | None = None) -> list[Tensor]:
     """What AutoModelForCausalLM makes of windows (T,): logits (T, V) each, computed in fp32 from the folder's weights.
 
+    head: as AutoModelForTokenClassification, (T, L), or as AutoModelForSequenceClassification, (1, L): then the windows
+    are read as one batch, the shorter ones padded, as their users will.
     Raises ValueError where it does not find every tensor, or finds others.
     """
     transformers_logging.disable_progress_bar()
-    model, info = AutoModelForCausalLM.from_pretrained(
+    kinds = {
+        None: AutoModelForCausalLM,
+        True: AutoModelForTokenClassification,
+        False: AutoModelForSequenceClassification,
+    }
+    model, info = kinds[None if head is None else head.per_token].from_pretrained(
         folder,
         dtype=torch.float32,
         local_files_only=True,
@@ -256,5 +282,11 @@ def logits_of_transformers(folder: Path, windows: list[Tensor]) -> list[Tensor]:
     )
     if wrong := {kind: sorted(map(str, found)) for kind, found in info.items() if found}:
         raise ValueError(f"transformers does not take the folder {folder} as it is: {wrong}")
+    model.eval()
     with torch.inference_mode():
-        return [model.eval()(window.unsqueeze(0)).logits[0] for window in windows]
+        if head is None or head.per_token:
+            return [model(window.unsqueeze(0)).logits[0] for window in windows]
+        pad = model.config.pad_token_id
+        ids = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True, padding_value=pad)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(window) for window in windows], batch_first=True)
+        return list(model(input_ids=ids, attention_mask=mask).logits.unsqueeze(1))

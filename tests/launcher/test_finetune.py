@@ -29,35 +29,37 @@ def test_stopped_resumed_without_its_origin_ended_early_and_used(corpus, tmp_pat
     recipe = write_recipe(tmp_path, f"{origin}@1", corpus)
     run_dir, log = tmp_path / "tuned/tuned", tmp_path / "log"
     best = ["eval.keep_best=loss/valid", "eval.patience=2"]
-    text = run(tune(2, "--config", recipe, "parallel.zero_stage=3", "train.stop_at=9", *best), log, code=75)
-    assert f"loaded 20 tensors, 96,624 numbers, from {origin}@1 (digest " in text
+    text = run(
+        tune(2, "--config", recipe, "parallel.zero_stage=3", "train.stop_at=9", *best), log, code=1
+    )  # torchrun's
+    assert f"loaded 21 tensors, 103,152 numbers, from {origin}@1 (digest " in text
     [start] = [event for event in Ledger(run_dir).events() if event["event"] == "start"]
     manifest = read_manifest(run_dir / "checkpoints/step-00000009")
     assert start["origin_digest"] == manifest.config["origin"]["digest"]
     assert (start["init"], start["origin_step"]) == (f"{origin}@1", 1)
-    # another topology, the origin is gone, and from here on the model gets worse
+    # another topology, the origin is gone, and from here on the model stays as it is
     shutil.rmtree(origin)
-    worse = ["--allow-change", "optim.lr", "optim.lr=1.0", "optim.grad_clip=100.0", "--allow-change", "optim.grad_clip"]
-    text = run(tune(3, "--config", recipe, "parallel.zero_stage=1", *best, *worse), log)
+    no_better = ["--allow-change", "optim.lr", "optim.lr=1e-30"]
+    text = run(tune(3, "--config", recipe, "parallel.zero_stage=1", *best, *no_better), log)
     assert "  best by loss/valid: " in text
     assert "  ended before step 24 by eval.patience: loss/valid was not better in 2 evaluations" in text
     finished = Ledger(run_dir).events()[-1]
     assert finished["event"] == "finished"
-    assert (finished["best_step"], finished["step"]) == (8, 16)
+    assert (finished["best_step"], finished["step"]) == (12, 20)
     # checkpoint.keep is 1: the newest, and the best
-    assert committed_steps(run_dir / "checkpoints") == [8, 16]
-    cfg = load_finetune_config(recipe, ["parallel.zero_stage=1", *best, *worse[2:4]])
+    assert committed_steps(run_dir / "checkpoints") == [12, 20]
+    cfg = load_finetune_config(recipe, ["parallel.zero_stage=1", *best, "optim.lr=1e-30"])
     assert is_finished(cfg)
-    assert not is_finished(load_finetune_config(recipe, [*best, "eval.patience=3"]))
+    assert not is_finished(load_finetune_config(recipe, [*best, "eval.patience=3", "optim.lr=1e-30"]))
     assert checkpoint.main(["prune", str(run_dir), "--keep", "1"]) == 0
     assert checkpoint.main(["list", str(run_dir)]) == 0
     assert "best of its evaluations until then" in capsys.readouterr().out.splitlines()[1]
     # what was made of it is a model like any other
-    assert evaluate.main([str(run_dir), "--step", "8", "--json"]) == 0
+    assert evaluate.main([str(run_dir), "--step", "12", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["overall"]["loss"] == pytest.approx(finished["best_score"], rel=1e-5)
-    assert generate.main([str(run_dir), "--step", "8", "--prompt", "def ", "--tokens", "4"]) == 0
-    assert export.main([str(run_dir), "--step", "8", "--output", str(tmp_path / "out")]) == 0
+    assert generate.main([str(run_dir), "--step", "12", "--prompt", "def ", "--tokens", "4"]) == 0
+    assert export.main([str(run_dir), "--step", "12", "--output", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out/README.md").read_text()
     assert "fine-tuned" in card
     assert "pretrained with" not in card

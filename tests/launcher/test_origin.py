@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from data.tokenizer import TokenizerConfig, train
 from exports import change_config, damage, make_run
+from launcher import check as launcher_check
 from launcher import export, finetune, pretrain
 from launcher.config import ConfigError, FinetuneConfig, load_config
 from launcher.finetune import FINETUNE
@@ -189,6 +190,15 @@ def test_each_command_names_the_other_for_the_other_s_recipe(made, corpus, tmp_p
     text = (tmp_path / "tune.yaml").read_text().replace(f"init: {made}\n", "")
     (tmp_path / "tune.yaml").write_text(text)
     assert "init: got None; expected runs/NAME, runs/NAME@STEP or a Hugging Face folder" in refused(capsys, recipe)
+
+
+def test_a_run_is_judged_before_it_is_queued(made, corpus, tmp_path, capsys):
+    recipe = write_recipe(tmp_path, made, corpus)
+    assert launcher_check.main(["--config", recipe, "--ranks", "2", "--write-nothing"]) == 0
+    judged = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (judged["command"], judged["finished"]) == ("finetune", False)
+    assert launcher_check.main(["--config", recipe, "--ranks", "2", "init=nowhere", "--write-nothing"]) == 2
+    assert "init=nowhere is neither a run's folder" in capsys.readouterr().err
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(origin, corpus, tmp_path, capsys):

@@ -63,8 +63,11 @@ class TaskData(RunData):
         self._examples, self._seen = train, _seen_before(train, held)
         self.rows = self._encode(train, cfg)
         self.held_out: RowSet | None = self._encode(held, cfg) if held else None
-        self._identity = {"examples": self.rows.fingerprint(), "rows": len(self.rows.rows)}
+        self._identity: dict[str, Any] = {"examples": self.rows.fingerprint(), "rows": len(self.rows.rows)}
+        if not isinstance(self.task, ChatTask):
+            self._identity["labels"] = list(self.task.labels)
         if cursor is not None:
+            _same_labels(cursor, self._identity)
             same_data(cursor, self._identity)
         self._first = 0 if cursor is None else int(cursor["samples"])
 
@@ -134,3 +137,12 @@ def _seen_before(train: list[Any], held: list[Any]) -> int:
     """How many of the held-out examples are among those to train on."""
     known = {example.identity for example in train}
     return sum(example.identity in known for example in held)
+
+
+def _same_labels(cursor: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise ConfigError where a checkpoint's head has rows for other labels."""
+    if (before := cursor.get("labels")) != (now := expected.get("labels")):
+        raise ConfigError(
+            f"the run's head has a row for each of the labels {before}, in this order, and task.labels is {now}; set it "
+            "back, or use another run.name"
+        )

@@ -63,7 +63,7 @@ def test_labels_from_two_ranks_to_one_and_into_scores(origin, tmp_path, capsys, 
     }
     recipe = write_recipe(tmp_path, origin, {"kind": "classify", "labels": LABELS, **files}, steps=60)
     run_dir, log = tmp_path / "runs/tuned", tmp_path / "log"
-    text = run(tune(2, "--config", recipe, "parallel.zero_stage=3", "train.stop_at=6"), log, code=75)
+    text = run(tune(2, "--config", recipe, "parallel.zero_stage=3", "train.stop_at=6"), log, code=1)  # torchrun's own
     assert "12 texts, 12 targets; 30.00 epochs in all (held out: 11)" in text
     assert "labels: import 33.3%, define 33.3%, return 33.3%" in text
     assert "11 of the held-out texts are in the training files, too" in text
@@ -74,16 +74,12 @@ def test_labels_from_two_ranks_to_one_and_into_scores(origin, tmp_path, capsys, 
     table = found["table"].splitlines()
     assert sum(int(n) for line in table[-3:] for n in line.split()[1:]) == 11
 
-    other = write_lines(tmp_path / "t.jsonl", LINES[:-1])
-    message = refused(recipe, "parallel.zero_stage=3")
-    assert re.search(
-        "trained on other data: its checkpoint has examples '[0-9a-f]{16}', the files of task.train", message
-    )
-    message = refused(
-        recipe, "parallel.zero_stage=3", f"task.labels={[*LABELS, 'more']}", "--allow-change", "task.labels"
-    )
-    assert "score.weight" in message or "shape" in message
-    assert write_lines(tmp_path / "t.jsonl", LINES) == other
+    write_lines(tmp_path / "t.jsonl", LINES[:-1])
+    message = refused(recipe)
+    assert re.search("other data: its checkpoint has examples '[0-9a-f]{16}', the files of task.train", message)
+    write_lines(tmp_path / "t.jsonl", LINES)
+    message = refused(recipe, "--allow-change", "task.labels", f"task.labels={[*LABELS, 'more']}")
+    assert f"the run's head has a row for each of the labels {LABELS}, in this order, and task.labels is" in message
 
     text = run(tune(1, "--config", recipe), log)
     assert "true \\ predicted  import  define  return" in text

@@ -213,7 +213,7 @@ class OriginConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 class FinetuneConfig(RunConfig, frozen=True, extra="forbid", strict=True):
     """Of launcher/finetune.py. The model section comes from the origin; see launcher/origin.py."""
 
-    init: str  # runs/NAME, runs/NAME@STEP or a Hugging Face folder
+    init: str  # runs/NAME, runs/NAME@STEP, a Hugging Face folder or hf://ORG/NAME
     task: TaskConfig
     origin: OriginConfig
 

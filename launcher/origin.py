@@ -36,13 +36,14 @@ from launcher.run_dir import RunDirError, read_saved_config
 from launcher.saving import Initial
 from launcher.trained import build_model, open_checkpoint
 from model.config import ModelConfig
-from model.hf_folder import CONFIG, is_hf_folder, read_config, read_state, weight_files
+from model.hf_folder import CONFIG, fetch, is_hf_folder, read_config, read_state, weight_files
 from model.init import initial_values
 from parallel.checkpoint import CheckpointError, body_hash, faults_together, file_hash
 
 if TYPE_CHECKING:
     from parallel.mesh import Mesh  # which costs DeepSpeed; launcher/prepare.py does without
 
+HUB = "hf://"  # before the name of a model of the hub
 HEAD = "head.weight"  # which a model with labels has no place for
 NEW = "score."  # with which the names of a head for labels begin
 MAY_DIFFER = ("dropout", "seq_len")  # of the model section; seq_len where positions are rotary
@@ -151,6 +152,11 @@ class FolderOrigin(Origin):
 
 def open_origin(init: str, step: int | None = None) -> Origin:
     """What `init` names.    step: of a run, where init names none. Raises ConfigError or DataError."""
+    if init.startswith(HUB):
+        try:
+            return FolderOrigin(fetch(init.removeprefix(HUB)))
+        except ValueError as error:
+            raise ConfigError(f"init: {error}") from None
     place, found = Path(init), re.fullmatch(r"(.+)@(\d+)", init)
     if found and not place.exists():
         place, step = Path(found[1]), int(found[2])
@@ -165,7 +171,7 @@ def open_origin(init: str, step: int | None = None) -> Origin:
     )
     raise ConfigError(
         f"init={init} is neither a run's folder (with checkpoints/) nor a Hugging Face folder (with {CONFIG}); runs there: "
-        f"{', '.join(near) or 'none'}. A model of the hub is fetched with `hf download NAME --local-dir FOLDER`"
+        f"{', '.join(near) or 'none'}. A model of the hub is {HUB}ORG/NAME"
     )
 
 

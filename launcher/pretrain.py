@@ -7,6 +7,7 @@ signal, or at train.stop_at, after saving, start it again to go on; anything els
 
 import gc
 import logging
+import math
 import os
 import shutil
 import sys
@@ -71,7 +72,7 @@ class Clock:
     steps: int = 0
     step_s: float = 0.0
     data_wait_s: float = 0.0
-    tokens: int = 0
+    tokens: int = 0  # read, those without a target too
 
     def add(self, step_s: float, tokens: int) -> None:
         self.steps += 1
@@ -113,7 +114,7 @@ def train(
     reads = ReadLog(cfg.run_dir, start, mesh.dp_rank)
     metrics = MetricsLog(cfg.run_dir, progress.step) if mesh.rank == 0 else None
     if mesh.rank == 0:
-        announce(cfg, mesh, ledger, metrics, start, progress, data, loader)
+        announce(cfg, engine, ledger, metrics, start, progress, data, loader)
     saves = Saves(cfg, engine, loader, reads, ledger, lease, progress.best_step)
     judge = Judge(cfg.train.bad_steps, progress.losses, progress.grad_norms)
     spans = deque[tuple[int, int]](maxlen=cfg.train.bad_steps.leave_out)  # of the last steps' samples
@@ -135,7 +136,9 @@ def train(
             clock.data_wait_s += time.perf_counter() - began
             reads.add(progress.step + 1, batch)
             spans.append(batch.span)
-            n_targets = batch.n_targets if loader.fixed_targets else int(mesh.sum([batch.n_targets])[0])
+            n_targets = n_read = batch.n_targets
+            if not loader.fixed_targets:
+                n_targets, n_read = (int(n) for n in mesh.sum([batch.n_targets, batch.tokens.numel()]))
             seed_step(cfg.run.seed, progress.step, mesh.dp_rank)
             lr, in_step = lr_at(progress.step, cfg.train.steps, cfg.optim), watch.within(progress.step + 1, batch.span)
             stats = train_step(engine, batch, n_targets, lr, judge, in_step)
@@ -150,7 +153,7 @@ def train(
             progress.tokens += n_targets
             progress.train_s += time.perf_counter() - began
             for c in (clock, overall):
-                c.add(time.perf_counter() - began, n_targets)
+                c.add(time.perf_counter() - began, n_read)
             stopped_by, failures = vote.result()  # every rank leaves at the same step
             last = progress.step == cfg.train.steps
             if due(progress.step, cfg.log.every) or last:
@@ -296,7 +299,7 @@ def build_engine(cfg: RunConfig, mesh: Mesh, command: Command = PRETRAIN) -> Eng
 
 def announce(
     cfg: RunConfig,
-    mesh: Mesh,
+    engine: Engine,
     ledger: Ledger,
     metrics: MetricsLog | None,
     start: int,
@@ -306,6 +309,7 @@ def announce(
 ) -> None:
     """Rank 0 says what begins, once, in the log, the ledger and TensorBoard."""
     assert metrics is not None
+    mesh = engine.mesh
     save_config(cfg)  # at each start: what was changed on purpose is what the next resume is held to
     if start == 1:
         data.tokenizer.save(cfg.run_dir / "tokenizer")  # so that the run's weights can be used without its corpus
@@ -327,7 +331,7 @@ def announce(
     log.info(
         "%s: %s parameters on %d x %s, ZeRO %d, %s; steps %d to %d of %s tokens",
         cfg.run_dir,
-        f"{cfg.model.n_params:,}",
+        f"{sum(map(math.prod, engine.shapes.values())):,}",
         mesh.world_size,
         device.name(),
         cfg.parallel.zero_stage,

@@ -35,11 +35,12 @@ from typing import IO, NoReturn
 
 import torch
 
+from data.errors import DataError
 from launcher.compare import Difference, Finding, audit_run, compare, first_difference
 from launcher.config import ConfigError, FinetuneConfig, RunConfig
 from launcher.origin import load_recipe
 from launcher.redaction import hide
-from launcher.run_dir import Ledger
+from launcher.run_dir import Ledger, RunDirError
 from parallel.checkpoint import committed_steps
 
 BIN = Path(sys.executable).parent  # deepspeed, torchrun and python of this environment
@@ -457,7 +458,7 @@ def main(argv: list[str]) -> int:
             except BaseException:
                 shutil.rmtree(plan.scratch, ignore_errors=True)
                 raise
-    except (ConfigError, VerifyError) as error:
+    except (ConfigError, DataError, RunDirError, VerifyError) as error:
         print(hide(f"verify_resume: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ Tensors are written a block of elements at a time, so that the memory needed doe
 transformers keeps transposed (GPT-2's Conv1D) is held whole while it is turned.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from typing import Any
 
 import safetensors
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -33,6 +36,7 @@ from model.transformer import Transformer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt"]  # of a model of the hub
 BLOCK = 2**20  # elements of a tensor that are converted and written at a time: 4 MiB of fp32
 MOST_SUPPRESSED = 4096  # ids that a generation_config lists one by one
 
@@ -183,6 +187,28 @@ def write_configs(
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def fetch(name: str) -> Path:
+    """The folder of a model of the hub, ORG/NAME or ORG/NAME@REVISION: of the local cache, else downloaded.
+
+    Weights that are not safetensors, and code, are not fetched. Raises ValueError where it cannot be had.
+    """
+    repository, _, revision = name.partition("@")
+    try:
+        for local in (True, False):
+            with contextlib.suppress(LocalEntryNotFoundError):
+                found = snapshot_download(
+                    repository, revision=revision or None, allow_patterns=FETCHED, local_files_only=local
+                )
+                if not local or (Path(found) / WEIGHTS).is_file() or (Path(found) / INDEX).is_file():
+                    return Path(found)
+        raise ValueError("it is not in the local cache, and the hub cannot be reached")
+    except (OSError, ValueError, HFValidationError) as error:
+        raise ValueError(
+            f"hf://{name} cannot be had: {error}. Where there is a network: hf download {repository} --local-dir FOLDER; "
+            "then name the folder"
+        ) from None
 
 
 def is_hf_folder(folder: Path) -> bool:

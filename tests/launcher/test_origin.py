@@ -279,3 +279,25 @@ def test_a_run_that_has_begun_needs_its_origin_no_more(origin, corpus, tmp_path)
 
 def test_a_recipe_of_a_pretraining_is_read_as_before():
     assert not isinstance(load_config("configs/embedded.yaml", []), FinetuneConfig)
+
+
+def test_a_model_of_the_hub_comes_from_the_cache_or_is_told_to_be_missing(folder, monkeypatch, tmp_path):
+    asked = []
+
+    def cached(repository, *, revision, allow_patterns, local_files_only):
+        asked.append((repository, revision, local_files_only))
+        assert not any("bin" in pattern or "py" in pattern for pattern in allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("model.hf_folder.snapshot_download", cached)
+    assert open_origin("hf://org/name@v2").digest == open_origin(str(folder)).digest
+    assert asked == [("org/name", "v2", True)]
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        ConfigError, match="init: hf://org/name cannot be had: .*hf download org/name --local-dir FOLDER"
+    ):
+        open_origin("hf://org/name")
+    with pytest.raises(ConfigError, match="init: hf://a/b/c cannot be had"):
+        open_origin("hf://a/b/c")

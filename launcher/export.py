@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.chat import PlainTemplate, open_template
 from data.corpus import CorpusFolder
 from data.dataset import reading
 from data.errors import DataError
@@ -33,9 +34,10 @@ from data.formats import Document
 from data.sources import EmbeddedConfig, Limits, documents, open_source
 from data.store import is_url
 from data.tokenizer import Tokenizer
-from launcher.config import ConfigError
+from launcher.config import ConfigError, FinetuneConfig
 from launcher.model_card import last_held_out, model_card
 from launcher.staging import LOCK, StagingError, check_absent, staging_for
+from launcher.task_config import ChatTask
 from launcher.trained import Checkpoint, open_checkpoint
 from model.config import ModelConfig
 from model.hf_folder import (
@@ -251,6 +253,12 @@ def report_of(
     notes = list(exported.notes)
     if cfg.dropout != checkpoint.cfg.model.dropout:
         notes.append(f"the run trained with dropout {checkpoint.cfg.model.dropout}; {architecture} has none")
+    task = checkpoint.cfg.task if isinstance(checkpoint.cfg, FinetuneConfig) else None
+    if isinstance(task, ChatTask) and isinstance(open_template(task.template, checkpoint.tokenizer()), PlainTemplate):
+        notes.append(
+            "the folder has no chat template: the words between messages are those of data/chat.py, and an answer ends with "
+            "the end of a document; launcher/generate.py RUN --chat puts them in by itself"
+        )
     return {
         "run": checkpoint.cfg.run.name,
         "step": checkpoint.step,

@@ -490,9 +490,9 @@ def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None, comman
     try:
         agree_on_start(mesh, cfg, left_out)
         agree_on_folder(mesh, cfg, lease)
+        initial = command.initial(cfg, mesh) if never_saved(cfg, mesh) else None
         watch = Watchdog(mesh, cfg.parallel.timeout_s, stop, tell)
         try:
-            initial = command.initial(cfg, mesh) if never_saved(cfg, mesh) else None
             engine = build_engine(cfg, mesh, command)
             mesh.set_timeout(cfg.parallel.timeout_s + max(ALLOWANCE_S.values()) + WATCHED_S)
             while True:

@@ -39,6 +39,7 @@ from launcher.trained import Checkpoint, Trained, load_trained
 from model.hf_folder import DTYPES
 from parallel.checkpoint import CheckpointError
 
+TEXT_FIELD = "text"
 DEFAULT_BATCH = 8  # sequences a forward, of a Hugging Face folder
 SHARD_BYTES = 2**23  # of text that is read at a time
 # what a run logs of all its held-out text
@@ -221,6 +222,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if checkpoint is not None and isinstance(checkpoint.cfg, FinetuneConfig) and checkpoint.cfg.task.kind != "text":
         if args.windows is not None:
             raise ValueError("--windows is for text; of a task every example counts: leave it out")
+        if args.field != TEXT_FIELD:
+            raise ValueError(
+                f"--field {args.field} is for text; the columns of a task are those of the run: leave it out"
+            )
         return about | on_examples(trained, checkpoint.cfg, args.data, batch)
     corpora = [path for path in args.data if is_url(path) or (Path(path) / MANIFEST).is_file()]
     if corpora and len(args.data) > 1:
@@ -258,7 +263,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="a run's folder, or a Hugging Face folder such as export.py writes")
     parser.add_argument("--data", nargs="+", default=[], help="text or .jsonl files (also packed; globs), each a source; or "
                         "a prepared corpus (default: the run's own)")  # fmt: skip
-    parser.add_argument("--field", default="text", help="of .jsonl: the field that is the text (default text)")
+    parser.add_argument("--field", default=TEXT_FIELD, help="of .jsonl: the field that is the text (default text)")
     parser.add_argument("--step", type=int, help="checkpoint of a run to read (default: the newest)")
     parser.add_argument("--windows", type=int, help="sequences of a source at most (default: as the run's eval.windows; of "
                         "files all)")  # fmt: skip

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from data.config import SkipConfig
+from data.config import DataConfig, SkipConfig
 from data.examples import hold_out, shares
 from data.loader import IGNORE
 from data.records import RecordError
 from data.row_loader import RowLoader, RowSet, same_data
 from data.tokenizer import Tokenizer
-from launcher.config import ConfigError, FinetuneConfig, RunConfig
+from launcher.config import ConfigError, EvalConfig, FinetuneConfig, RunConfig
 from launcher.run_data import RunData
 from launcher.scores import kinds_of
 from launcher.task_config import ChatTask, ClassifyTask, TagTask
@@ -43,11 +43,7 @@ class TaskData(RunData):
         left_out: Sequence[tuple[int, int]],
     ) -> None:
         assert isinstance(cfg.task, Task)
-        if cfg.data.skip:
-            raise ConfigError(
-                "data.skip names parts of a corpus, and a fine-tuning for a task reads the files of task.train; take the "
-                "examples out of them"
-            )
+        _refuse_what_is_for_text(cfg)
         self.task, self.tokenizer, self.valid = cfg.task, tokenizer, {}
         self.skip = [SkipConfig(samples=stretch) for stretch in left_out]
         self.rewinds, self._left_out = len(left_out), list(left_out)
@@ -137,6 +133,22 @@ def _seen_before(train: list[Any], held: list[Any]) -> int:
     """How many of the held-out examples are among those to train on."""
     known = {example.identity for example in train}
     return sum(example.identity in known for example in held)
+
+
+def _refuse_what_is_for_text(cfg: FinetuneConfig) -> None:
+    """Raise ConfigError for keys that would have no effect. Those of a resolved config are set, too, to their defaults."""
+    for_all = {"data": ("seed", "tokenizer"), "eval": ("every", "keep_best", "patience")}
+    wrong = [
+        f"{section}.{key}"
+        for section, (given, default) in {"data": (cfg.data, DataConfig()), "eval": (cfg.eval, EvalConfig())}.items()
+        for key in type(given).model_fields
+        if key not in for_all[section] and getattr(given, key) != getattr(default, key)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{', '.join(wrong)}: set, and without effect on task.kind={cfg.task.kind}, which reads the files of task.train "
+            "and scores every held-out example; leave them out"
+        )
 
 
 def _same_labels(cursor: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -100,6 +100,8 @@ def test_labels_from_two_ranks_to_one_and_into_scores(origin, tmp_path, capsys, 
     assert "tuned step 60, fp32, 11 examples held out" in capsys.readouterr().out
     assert evaluate.main([str(run_dir), "--windows", "3"]) == 2
     assert "--windows is for text; of a task every example counts" in capsys.readouterr().err
+    assert evaluate.main([str(run_dir), "--field", "content"]) == 2
+    assert "--field content is for text; the columns of a task are those of the run" in capsys.readouterr().err
     assert generate.main([str(run_dir), "--prompt", "x"]) == 2
     assert "gives labels and no text" in capsys.readouterr().err
     assert audit.main([str(run_dir), "--verify"]) == 2
@@ -237,7 +239,8 @@ def test_bad_conversations_are_refused_before_anything_is_started(origin, tmp_pa
             "task.valid_fraction=1e-9",
             "of 12 examples leaves 12 to train on and 0 held out; use another fraction or more",
         ),
-        ("data.skip=[{samples: [0, 1]}]", "data.skip names parts of a corpus"),
+        ("data.skip=[{samples: [0, 1]}]", "data.skip: set, and without effect on task.kind=classify, which reads"),
+        ("eval.windows=3", "eval.windows: set, and without effect on task.kind=classify"),
         ("eval.keep_best=valid/f2", "eval.keep_best=valid/f2 is nothing that this run measures; it measures"),
         ("task.template=plain", "task.classify.template: no such key"),
     ],

@@ -18,7 +18,7 @@ from data.row_loader import RowLoader
 from data.store import is_url
 from data.stream import StreamLoader, check_lanes, fingerprint
 from data.tokenizer import Tokenizer, load_tokenizer
-from launcher.config import ConfigError, RunConfig
+from launcher.config import ConfigError, FinetuneConfig, RunConfig
 from launcher.held_out import score_names
 from launcher.run_dir import Ledger
 from parallel.mesh import Mesh
@@ -220,6 +220,8 @@ def _check_vocabulary(cfg: RunConfig, tokenizer: Tokenizer) -> None:
         raise ConfigError(
             f"model.vocab_size={ours} is smaller than the vocabulary of {where}, {theirs}; set it to {theirs} or more"
         )
+    if isinstance(cfg, FinetuneConfig):
+        return  # how much larger it is was decided by who made the origin
     if ours > theirs and (ours % 64 or ours - theirs >= 256):
         raise ConfigError(
             f"model.vocab_size={ours} is larger than the vocabulary of {where}, {theirs}; set it to {theirs}, "

@@ -213,6 +213,17 @@ def test_a_corpus_of_another_tokenizer_is_refused(origin, corpus, tmp_path, caps
     assert "to which other ids mean other text; prepare a corpus for it" in told
 
 
+def test_an_origin_may_have_any_number_of_rows_beyond_its_tokenizer(made, corpus, tmp_path):
+    """Qwen3's has 267, and 64 does not divide all."""
+    cfg = load_finetune_config(write_recipe(tmp_path, made, corpus), [])
+    for size in (1000, 512):
+        larger = cfg.model_copy(update={"model": cfg.model.model_copy(update={"vocab_size": size})})
+        assert check_run(larger, [], 2, FINETUNE).tokenizer.vocab_size == 512
+    fewer = cfg.model_copy(update={"model": cfg.model.model_copy(update={"vocab_size": 511})})
+    with pytest.raises(ConfigError, match="model.vocab_size=511 is smaller than the vocabulary of"):
+        check_run(fewer, [], 2, FINETUNE)
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-8])
 

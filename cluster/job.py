@@ -24,16 +24,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from cluster.records import lead_for, note, read_events, saved_step
+from cluster.records import heartbeat, lead_for, note, read_events, saved_step
 from cluster.slurm import JobState, job_state
 
 ASK_EVERY_S = 2.0  # SIGUSR1 again, as ranks that are just starting ignore it
+LISTEN_EVERY_S = 10.0  # whether the ranks still hold the run's folder
+ENDED_S, SILENT_S = (
+    120.0,
+    900.0,
+)  # since their last heartbeat, if they told their end, or not; then srun is not waited for
 LOOK_EVERY_S = 120.0  # at the time that is left, which may be changed from outside
 GRAIN_S = 120  # a warning this much earlier than asked for is still of the time limit
 REQUEUE_TRIES, REQUEUE_PAUSE_S = 10, 30.0
 PORTS = range(20_000, 30_000)  # below those that the system gives to outgoing connections
 STOPPED, REFUSED = 75, 2  # exit codes of launcher/pretrain.py and finetune.py
 TIME_LIMIT = "the time limit is near"
+ENDS = ("stopped", "failed", "finished")  # of a start, in the ledger
 STOP_AT = "train.stop_at"  # as the ledger has it
 
 Kind = Literal["finished", "stopped", "refused", "failed"]
@@ -77,7 +83,7 @@ def judge(code: int, asked: str, before: list[dict[str, Any]], after: list[dict[
     """
     new = after[len(before) :]
     kinds = [event["event"] for event in new]
-    last = next((e["event"] for e in reversed(after) if e["event"] in ("start", "stopped", "failed", "finished")), "")
+    last = next((e["event"] for e in reversed(after) if e["event"] in ("start", *ENDS)), "")
     saved = saved_step(after)
     progress = saved != saved_step(before)
     if code == 0 and last == "finished":
@@ -128,14 +134,41 @@ def starts_in_vain(run_dir: Path, job: str) -> int:
     return count
 
 
-def attend(ranks: subprocess.Popen[bytes], job: str, lead_s: int, asked: Asked) -> int:
+class Silence:
+    """How long nobody has written to the run's folder, once the ranks of this start did."""
+
+    def __init__(self, run_dir: Path, now: float) -> None:
+        self._run_dir, self._since, self._begun = run_dir, now, False
+        self._last = heartbeat(run_dir)
+
+    def too_long(self, now: float) -> bool:
+        """Whether srun waits in vain: seen when the network lost what a node was to tell it of its task's end."""
+        found = heartbeat(self._run_dir)
+        if found != self._last:
+            self._last, self._since, self._begun = found, now, True
+        quiet_s = now - self._since if self._begun else 0.0
+        return quiet_s > SILENT_S or (quiet_s > ENDED_S and _told_end(read_events(self._run_dir / "ledger.jsonl")))
+
+
+def _told_end(ledger: list[dict[str, Any]]) -> bool:
+    return next((e["event"] for e in reversed(ledger) if e["event"] in ("start", *ENDS)), "start") in ENDS
+
+
+def attend(ranks: subprocess.Popen[bytes], run_dir: Path, job: str, lead_s: int, asked: Asked) -> int:
     """Wait for the ranks to end, asking them to stop when it is time. Returns their exit code."""
-    look = ask = 0.0
+    look = ask = listen = 0.0
     deadline: float | None = None
+    silence = Silence(run_dir, time.monotonic())
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return ranks.wait(1.0)
         now = time.monotonic()
+        if now >= listen:
+            listen = now + LISTEN_EVERY_S
+            if silence.too_long(now):
+                print("job.py: the ranks have left the run's folder, and srun still waits for them: ended", flush=True)
+                ranks.kill()
+                return ranks.wait()
         if now >= look:
             look, left_s = now + LOOK_EVERY_S, job_state(job).left_s
             deadline = None if left_s is None else now + left_s - lead_s
@@ -246,7 +279,7 @@ def main(argv: list[str]) -> int:
     print(f"job.py: job {job}, restart {restart}, on {nodes}; the ranks meet at {address}:{port}", flush=True)
     output = output_of_this_start()
     ranks = subprocess.Popen(command)
-    code = attend(ranks, job, lead_for(before, args.lead_s), asked)
+    code = attend(ranks, args.run_dir, job, lead_for(before, args.lead_s), asked)
     now = job_state(job)
     why = TIME_LIMIT if now.reason == "TimeLimit" else asked.why  # which SLURM ends with SIGTERM
     end = judge(code, why, before, read_events(ledger), read_output(*output))

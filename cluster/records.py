@@ -43,6 +43,13 @@ def note(run_dir: Path, event: str, **fields: Any) -> None:
         print(f"{run_dir / 'jobs.jsonl'} cannot be written ({error.strerror}); its line was {line}", flush=True)
 
 
+def heartbeat(run_dir: Path) -> str:
+    """A text that changes every few seconds while somebody writes to the run's folder (launcher/lease.py)."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, IndexError):
+        return sorted((run_dir / "lease").glob("*.json"))[-1].read_text(encoding="utf-8")
+    return ""
+
+
 def saved_step(ledger: list[dict[str, Any]]) -> int:
     """Of the newest checkpoint that the ledger tells of, 0 where there is none."""
     return next((int(event["step"]) for event in reversed(ledger) if event["event"] == "checkpoint"), 0)

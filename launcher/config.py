@@ -171,6 +171,11 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return {}
 
     @property
+    def what_counts(self) -> str:
+        """The name of what losses are means over."""
+        return "tokens"
+
+    @property
     def global_batch_size(self) -> int:
         """Sequences a step, over all ranks."""
         return self.train.global_batch_size or self.tokens_per_step // self.model.seq_len
@@ -220,6 +225,10 @@ class FinetuneConfig(RunConfig, frozen=True, extra="forbid", strict=True):
     @property
     def begun_with(self) -> dict[str, Any]:
         return {"init": self.init, "origin_step": self.origin.step, "origin_digest": self.origin.digest}
+
+    @property
+    def what_counts(self) -> str:
+        return "tokens" if self.task.kind == "text" else "targets"
 
 
 def _nearest_divisors(whole: int, by: int, near: int) -> list[int]:

@@ -209,6 +209,7 @@ def export(
                 "Longhaul or of the installed transformers; nothing was written"
             )
         report = report_of(checkpoint, cfg, dtype_name, architecture, exported, comparison, origin)
+        report["parameters"] = sum(math.prod(entry.shape) for entries in files.values() for entry in entries)
         report["vocabulary"]["tokenizer"] = tokenizer.vocab_size
         report["ids"] = ids._asdict()
         report["files"] = {
@@ -265,7 +266,6 @@ def report_of(
         "tokens_seen": manifest.totals.get("tokens"),
         "passed_over": [line.partition(" is damaged")[0].rpartition("/")[2] for line in checkpoint.passed_over],
         "architecture": architecture,
-        "parameters": cfg.n_params,
         "dtype": dtype_name,
         "vocabulary": {"model": checkpoint.cfg.model.vocab_size, "exported": cfg.vocab_size},
         "text": origin,

@@ -329,7 +329,7 @@ def announce(
     )
     metrics.write_text("config", f"```yaml\n{to_yaml(cfg)}\n```", progress.step)
     log.info(
-        "%s: %s parameters on %d x %s, ZeRO %d, %s; steps %d to %d of %s tokens",
+        "%s: %s parameters on %d x %s, ZeRO %d, %s; steps %d to %d of %s",
         cfg.run_dir,
         f"{sum(map(math.prod, engine.shapes.values())):,}",
         mesh.world_size,
@@ -338,7 +338,7 @@ def announce(
         cfg.parallel.precision,
         progress.step,
         cfg.train.steps,
-        f"{cfg.tokens_per_step:,}",
+        f"{cfg.tokens_per_step:,} tokens" if cfg.what_counts == "tokens" else f"{cfg.global_batch_size:,} sequences",
     )
     lines, warnings = data.announce((cfg.train.steps - progress.step) * cfg.global_batch_size)
     for line in lines:
@@ -423,9 +423,10 @@ def conclude(
     best = progress.best_of(cfg.eval)
     ledger.add("finished", step=progress.step, tokens=progress.tokens, **valid, **best)
     log.info(
-        "finished: %d steps, %s tokens, %s%s",
+        "finished: %d steps, %s %s, %s%s",
         progress.step,
         f"{progress.tokens:,}",
+        cfg.what_counts,
         describe(valid, list(valid)),
         f"  tokens_per_s {tokens_per_s:,.0f}" if tokens_per_s else "",
     )

@@ -133,6 +133,16 @@ class Cluster:
     def restore(self, node: str) -> None:
         self.run("ip", "link", "set", f"to-{node}", "up")
 
+    def mute(self, node: str, towards: str) -> None:
+        """What the node sends to the other one is lost, silently; it still hears that one."""
+        self.run("ip", "-n", node, "route", "add", "blackhole", self._address(towards))
+
+    def unmute(self, node: str, towards: str) -> None:
+        self.run("ip", "-n", node, "route", "del", "blackhole", self._address(towards))
+
+    def _address(self, node: str) -> str:
+        return f"10.99.0.{NODES.index(node) + 1}"
+
     def kill_node(self, node: str) -> None:
         """End all its processes at once, as a loss of power does."""
         _kill(["bash", str(self.folder / "node.sh"), node])

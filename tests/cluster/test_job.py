@@ -139,3 +139,23 @@ def test_refusals(arguments, message):
     done = subprocess.run([sys.executable, "cluster/job.py", *arguments], capture_output=True, text=True, env=env)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_srun_is_not_waited_for_when_the_ranks_have_gone(tmp_path):
+    """Not before they came, however long that takes; soon where they told their end; else late after the last heartbeat."""
+    folder, ledger = tmp_path / "lease", tmp_path / "ledger.jsonl"
+    folder.mkdir()
+    ledger.write_text('{"event": "start"}\n{"event": "failed"}\n')  # of the start before
+    (folder / "00000001.json").write_text('{"beat": 9}')
+    silence = job.Silence(tmp_path, now=0.0)
+    assert not silence.too_long(5_000)
+    (folder / "00000002.json").write_text('{"beat": 0}')
+    ledger.write_text(ledger.read_text() + '{"event": "start"}\n{"event": "checkpoint"}\n')
+    assert not silence.too_long(5_010)
+    assert not silence.too_long(5_010 + job.SILENT_S)
+    assert silence.too_long(5_011 + job.SILENT_S)
+    (folder / "00000002.json").write_text('{"beat": 1}')
+    assert not silence.too_long(6_000)
+    ledger.write_text(ledger.read_text() + '{"event": "failed"}\n')
+    assert not silence.too_long(6_000 + job.ENDED_S)
+    assert silence.too_long(6_001 + job.ENDED_S)

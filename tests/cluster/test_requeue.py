@@ -192,6 +192,25 @@ def test_a_node_that_is_lost(cluster, undisturbed, corpus, tmp_path, lost):
 
 
 @pytest.mark.long
+@pytest.mark.fault(32)
+@pytest.mark.parametrize(("node", "towards"), [("n2", "n1"), ("n1", "n2")])
+def test_a_network_that_is_cut_one_way(cluster, undisturbed, corpus, tmp_path, node, towards):
+    """SLURM sees nothing of it; one side still hears the other, and both end."""
+    job, run_dir = submit(cluster, tmp_path, corpus, *RUN, "parallel.timeout_s=8"), tmp_path / "runs/test"
+    reach(cluster, job, run_dir, 18)
+    cluster.mute(node, towards)
+    try:
+        wait_until(lambda: records(run_dir, "failed", "ledger.jsonl"), 120, lambda: output(run_dir, job))
+        wait_until(lambda: ranks(tmp_path) == [], 90, lambda: output(run_dir, job))
+    finally:
+        cluster.unmute(node, towards)
+    cluster.wait_for(job, "COMPLETED", timeout=300)
+    same_as_undisturbed(run_dir, undisturbed)
+    assert [begin["saved_step"] for begin in records(run_dir, "begin")][:2] == [0, 15]
+    assert re.search("rank [01] on n[12]", records(run_dir, "failed", "ledger.jsonl")[0]["error"])
+
+
+@pytest.mark.long
 @pytest.mark.fault(29)
 def test_a_slurmd_that_is_killed(cluster, undisturbed, corpus, tmp_path):
     """SLURM takes its node for dead and requeues the job, while the ranks are all well.

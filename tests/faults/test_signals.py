@@ -14,7 +14,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.fault(26)]
 
 @pytest.mark.parametrize(
     ("where", "step", "stops_at"),
-    [("forward", 1, (1, 2)), ("forward", 8, (8, 9)), ("save", 10, (11, 11)), ("evaluation", 12, (13, 13))],
+    [
+        pytest.param("forward", 1, (1, 2), marks=pytest.mark.long),
+        ("forward", 8, (8, 9)),
+        ("save", 10, (11, 11)),
+        pytest.param("evaluation", 12, (13, 13), marks=pytest.mark.long),
+    ],
 )
 def test_a_signal_is_heeded_once(where, step, stops_at, straight, recipe, tmp_path):
     """To one rank. In a step it may be too late for that step's vote; a save that it meets is not made again."""

@@ -8,7 +8,7 @@ import pytest
 from test_origin import write_recipe
 
 from exports import make_run
-from launcher import checkpoint, evaluate, export, generate
+from launcher import audit, checkpoint, evaluate, export, generate
 from launcher.config import EvalConfig
 from launcher.finetune import FINETUNE
 from launcher.origin import load_finetune_config
@@ -55,6 +55,8 @@ def test_stopped_resumed_without_its_origin_ended_early_and_used(corpus, tmp_pat
     assert committed_steps(run_dir / "checkpoints") == [12, 20]
     assert checkpoint.main(["list", str(run_dir)]) == 0
     assert "best of its evaluations until then" in capsys.readouterr().out.splitlines()[-3]
+    assert audit.main([str(run_dir), "--verify"]) == 0
+    capsys.readouterr()
     # what was made of it is a model like any other
     assert evaluate.main([str(run_dir), "--step", "12", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

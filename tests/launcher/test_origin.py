@@ -133,6 +133,7 @@ def test_weights_of_a_hugging_face_folder(folder, corpus, tmp_path):
     assert f"from {folder}" in initial.told[0]
 
 
+@pytest.mark.slow
 def test_a_load_that_gives_other_weights_is_an_error(made, corpus, tmp_path):
     """What DeepSpeed's module-only load does under ZeRO 3: success is told, and the model keeps what it had."""
     with pytest.raises(Exception, match="the model's .* is not what was loaded, on rank 0; this is a defect"):

@@ -163,9 +163,16 @@ def on_small_corpus(cfg, corpus, mixture):
             "data.tokenizer.vocab_size=512", "model.vocab_size=512", "eval.windows=8", "eval.sample_tokens=8"]  # fmt: skip
 
 
-# embedded and mixture are verified at their own size, but for corpus and vocabulary; GPT-3's and Llama 2's scaled down.
+IN_CI = ("embedded", "mixture", "gpt3-1.3b", "llama2-70b")
+
+
+# embedded and mixture are verified at their own size, but for corpus and vocabulary; GPT-3's and Llama 2's scaled down,
+# one of each in .ci/run.
 @pytest.mark.slow
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[] if path.stem in IN_CI else [pytest.mark.long]) for path in RECIPES],
+)
 def test_every_recipe_resumes_to_the_last_bit(path, corpus, mixture, tmp_path, capfd):
     cfg = load_config(str(path), [])
     assert fits(cfg) == (path.stem in ("embedded", "mixture"))

@@ -70,8 +70,16 @@ def stacks(run_dir, rank):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", [torchrun, deepspeed], ids=["torchrun", "deepspeed"])
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.fault(9))])
+@pytest.mark.parametrize(
+    ("victim", "launch"),
+    [
+        pytest.param(0, torchrun, marks=pytest.mark.long),
+        (0, deepspeed),
+        pytest.param(1, torchrun, marks=pytest.mark.fault(9)),
+        pytest.param(1, deepspeed, marks=[pytest.mark.fault(9), pytest.mark.long]),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_a_stopped_rank_is_named_and_the_job_ends(launch, victim, corpus, tmp_path):
     """Under deepspeed rank 0 keeps the store over which the ranks tell each other where they are."""
     recipe, run_dir, log = write_recipe(tmp_path, corpus), tmp_path / "runs/test", tmp_path / "log"
@@ -144,8 +152,9 @@ def test_a_rank_that_is_killed_before_the_first_step_ends_the_start(where, launc
     ("where", "rank", "launch"),
     [
         ("forward", 0, deepspeed),  # with which the ranks' meeting place ends
-        ("forward", 1, deepspeed),
-        *((where, 1, torchrun) for where in ("forward", "backward", "reduce", "update")),
+        pytest.param("forward", 1, deepspeed, marks=pytest.mark.long),
+        pytest.param("forward", 1, torchrun, marks=pytest.mark.long),
+        *((where, 1, torchrun) for where in ("backward", "reduce", "update")),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
@@ -205,7 +214,11 @@ def memory_group():
 
 @pytest.mark.slow
 @pytest.mark.fault(54)
-@pytest.mark.parametrize("launch", [torchrun, deepspeed], ids=["torchrun", "deepspeed"])
+@pytest.mark.parametrize(
+    "launch",
+    [torchrun, pytest.param(deepspeed, marks=pytest.mark.long)],
+    ids=lambda value: value.__name__,
+)
 def test_a_rank_that_is_killed_for_want_of_memory_is_named(launch, memory_group, undisturbed, corpus, tmp_path):
     """The job in a control group, as SLURM puts it into one; the kernel ends the rank that takes most."""
     recipe, run_dir, log = write_recipe(tmp_path, corpus), tmp_path / "runs/test", tmp_path / "log"
@@ -224,7 +237,7 @@ def test_a_rank_that_is_killed_for_want_of_memory_is_named(launch, memory_group,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_rank_killed_on_another_host_is_named_though_nobody_there_saw_it(victim, corpus, tmp_path):
     """Each rank has a host name of its own, so that none is the neighbour of another. Rank 0 keeps the meeting place."""
     recipe, run_dir, port = write_recipe(tmp_path, corpus), tmp_path / "runs/test", free_port()
@@ -278,7 +291,13 @@ def test_ranks_in_different_collectives_end_with_both_call_sites_in_the_logs(cor
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("whom", "number"),
-    [("runner", "KILL"), ("runner", "TERM"), ("launch.py", "KILL"), ("launch.py", "TERM"), ("torchrun", "KILL")],
+    [
+        ("runner", "KILL"),
+        pytest.param("runner", "TERM", marks=pytest.mark.long),
+        pytest.param("launch.py", "KILL", marks=pytest.mark.long),
+        ("launch.py", "TERM"),
+        ("torchrun", "KILL"),
+    ],
 )
 @pytest.mark.fault(8)
 def test_ranks_save_and_leave_when_their_launcher_ends(whom, number, corpus, tmp_path):

@@ -44,7 +44,7 @@ def encode_sentences(sentences: Sequence[Sentence], tokenizer: Tokenizer, seq_le
             found.where.append(sentence.where)
     if cut:
         found.notes.append(
-            f"{cut} of {len(sentences)} sentences are cut at {seq_len} tokens; {lost} words are not scored"
+            f"{cut} of {len(sentences)} sentences are cut at {seq_len} tokens; {lost} words have no target"
         )
     if silent:
         found.notes.append(f"{silent} words have no token in the run's tokenizer and are neither trained on nor scored")

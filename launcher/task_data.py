@@ -104,7 +104,8 @@ class TaskData(RunData):
         return ["loss/valid", "valid/accuracy", "valid/f1", *(f"valid/f1_{label}" for label in self.task.labels)]
 
     def announce(self, samples: int) -> tuple[list[str], list[str]]:
-        n, rows = len(self._examples), len(self.rows.rows)
+        rows = len(self.rows.rows)
+        n = len(self._examples) if isinstance(self.task, ChatTask) else rows  # of which several can be in a sequence
         held = 0 if self.held_out is None else len(self.held_out.rows)
         epochs = (self._first + samples) / rows
         targets = sum(int((row.targets != IGNORE).sum()) for row in self.rows.rows)

@@ -136,7 +136,7 @@ def test_words_behind_a_cut_are_counted(tokenizer):
         encode_sentences([sentence], tokenizer, 20, tag())
     rows = encode_sentences([sentence], tokenizer, 20, tag(too_long="cut"))
     left = int((rows.rows[0].targets != IGNORE).sum())
-    assert rows.notes == [f"1 of 1 sentences are cut at 20 tokens; {50 - left} words are not scored"]
+    assert rows.notes == [f"1 of 1 sentences are cut at 20 tokens; {50 - left} words have no target"]
 
 
 # -- conversations -------------------------------------------------------------------------------------------------------

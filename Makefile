@@ -6,11 +6,18 @@ BIN := $(VENV)/bin
 # Every accelerator there is; without one, as many processes as there are cores, at most two.
 RANKS ?= $(shell $(BIN)/python -c 'import os, torch; print(torch.accelerator.device_count() or min(2, os.cpu_count()))')
 
-.PHONY: pretrain test test-slow test-long faults check setup
+.PHONY: pretrain finetune test test-slow test-long faults check setup
 
 pretrain: setup
 	$(BIN)/python launcher/prepare.py --config $(CONFIG)
 	$(BIN)/deepspeed --quiet --num_accelerators $(RANKS) launcher/pretrain.py --config $(CONFIG)
+
+# Takes the result of `make pretrain`, or makes it first.
+finetune: pretrain
+	$(BIN)/python launcher/make_examples.py
+	$(BIN)/deepspeed --quiet --num_accelerators $(RANKS) launcher/finetune.py --config configs/finetune/classify.yaml
+	$(BIN)/python launcher/evaluate.py runs/embedded-classify
+	test -e exports/embedded-classify || $(BIN)/python launcher/export.py runs/embedded-classify --output exports/embedded-classify
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -rs

@@ -40,7 +40,7 @@ ENDED_S, SILENT_S = 120.0, 900.0
 LOOK_EVERY_S = 120.0  # at the time that is left, which may be changed from outside
 GRAIN_S = 120  # a warning this much earlier than asked for is still of the time limit
 PORTS = range(20_000, 30_000)  # below those that the system gives to outgoing connections
-STOPPED, REFUSED = 75, 2  # exit codes of launcher/pretrain.py
+STOPPED, REFUSED = 75, 2  # exit codes of launcher/pretrain.py and finetune.py
 TIME_LIMIT = "the time limit is near"
 ENDS = ("stopped", "failed", "finished")  # of a start, in the ledger
 STOP_AT = "train.stop_at"  # as the ledger has it
@@ -96,7 +96,7 @@ def judge(code: int, asked: str, before: list[dict[str, Any]], after: list[dict[
     if code == STOPPED or "stopped" in kinds:
         return End("stopped", asked or "a signal to the ranks", saved, progress, asked != TIME_LIMIT)
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    refused = [line for line in lines if line.startswith("pretrain: ")]
+    refused = [line for line in lines if line.startswith(("pretrain: ", "finetune: "))]
     if code == REFUSED or (refused and "start" not in kinds):
         return End("refused", refused[-1] if refused else "see above", saved, progress)
     failed = [str(event.get("error")) for event in new if event["event"] == "failed"]

@@ -13,11 +13,10 @@ WAIT_S = 60  # after the first rank has ended; the others still save, and must n
 
 def job_script(
     cfg: ClusterConfig, *, name: str, run_dir: Path, cwd: Path, python: str, arguments: list[str], lead_s: int,
-    node_counts: list[int],
+    node_counts: list[int], command: str = "pretrain",
 ) -> str:  # fmt: skip
-    """run_dir, cwd: absolute. arguments: of launcher/pretrain.py. lead_s: seconds before the time limit to stop.
-
-    node_counts: on how many nodes the run can be.
+    """run_dir, cwd: absolute.    command: pretrain or finetune, of launcher/.    arguments: its own.    lead_s: seconds
+    before the time limit to stop.    node_counts: on how many nodes the run can be.
     """
     by_node = cfg.launch == "deepspeed"
     tasks = 1 if by_node else cfg.ranks_per_node
@@ -31,7 +30,7 @@ def job_script(
     lines = begin_script(cfg, options, run_dir / "job.sh")
     before = 'trap "" USR1; ' + (f"mkdir -p {shlex.quote(cfg.scratch)}; " if cfg.scratch else "")
     inside = cfg.container.python if cfg.container else python
-    ranks = [inside, str(ROOT / "launcher/pretrain.py"), *arguments]
+    ranks = [inside, str(ROOT / f"launcher/{command}.py"), *arguments]
     srun = ["srun", f"--ntasks-per-node={tasks}", *([f"--cpus-per-task={cpus}"] if cpus else []), f"--wait={WAIT_S}",
             *pyxis(cfg)]  # fmt: skip
     if by_node:

@@ -67,7 +67,7 @@ def submit(args: argparse.Namespace) -> int:
         )
     text = job_script(
         cfg, name=run["name"], run_dir=run_dir, cwd=Path.cwd(), python=cfg.python or sys.executable,
-        arguments=arguments, lead_s=lead_s, node_counts=run["node_counts"],
+        arguments=arguments, lead_s=lead_s, node_counts=run["node_counts"], command=run["command"],
     )  # fmt: skip
     if args.dry_run:
         print(text, end="")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from data.bulk_encode import Bulk, BulkEncoder, Encoder, Gigatoken, Ids, without_special_tokens
 from data.tokenizer_base import (
@@ -50,6 +51,9 @@ class HuggingFaceTokenizer(TokenizerBase):
         self.pad_id = vocab.get(fast.pad_token)
         unknown = [vocab[fast.unk_token]] if fast.unk_token in vocab else []
         self._unknown_ids = np.array(unknown + _byte_tokens(self._backend, vocab), dtype=np.int32)
+        self.special_tokens = sorted(token.content for token in fast.added_tokens_decoder.values() if token.special)
+        self.special_ids = frozenset(vocab[token] for token in self.special_tokens)
+        self._fast = fast
         self.fingerprint = self._fingerprint(fast)
         self._bulk = BulkEncoder(self._encode_all, self._build_bulk, bulk)
 
@@ -88,6 +92,25 @@ class HuggingFaceTokenizer(TokenizerBase):
                 raise surrogate_error(text, error) from None
             raise
         return np.array(encoding.ids, dtype=np.int32)
+
+    # -- its chat template ---------------------------------------------------------------------------------------------
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._fast.chat_template)
+
+    def render_chat(self, messages: list[dict[str, str]], asks: bool) -> str:
+        """Messages by the folder's own template. asks: with what comes before the next answer. Raises what that raises."""
+        text: str = self._fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+        return text
+
+    def encode_with_special(self, text: str) -> NDArray[np.int64]:
+        """The ids of text, with special tokens where their names stand: for what a template wrote."""
+        self._backend.encode_special_tokens = False
+        try:
+            return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        finally:
+            self._backend.encode_special_tokens = True
 
     def before_text(self) -> list[int]:
         """The ids that the folder's own template puts before a text; encode, and so a run, leaves them out."""

@@ -25,7 +25,7 @@ from data.dataset import Dataset
 from data.errors import DataError
 from data.loader import digest
 from data.tokenizer import Tokenizer
-from launcher.config import ConfigError, RunConfig, validate
+from launcher.config import ConfigError, FinetuneConfig, RunConfig, validate
 from launcher.read_log import path_of, read_records
 from launcher.run_dir import Ledger, RunDirError, read_saved_config
 
@@ -69,6 +69,11 @@ class Run:
             raise RunDirError(
                 f"{run_dir} reads raw text (data.stream), which cannot be read again at any place; audit runs on prepared "
                 "corpora"
+            )
+        if isinstance(self.cfg, FinetuneConfig) and self.cfg.task.kind != "text":
+            raise RunDirError(
+                f"{run_dir} was fine-tuned on the examples of task.train (task.kind: {self.cfg.task.kind}), which no corpus "
+                "holds; audit runs on prepared corpora"
             )
         events = [event for event in Ledger(run_dir).events() if event["event"] == "start" and "cursor" in event]
         if not events:

@@ -1,11 +1,12 @@
 """Refuse a job before it is queued: `python launcher/check.py --config R --ranks 16 [section.key=value …]`.
 
-Of a run: what launcher/pretrain.py would refuse at its start, but for what only the machine that computes can tell:
-recipe, data, another run in its folder, space for a checkpoint. With --job prepare or evaluate: what those commands would.
+Of a run: what launcher/pretrain.py or launcher/finetune.py, whichever the recipe is for, would refuse at its start, but for
+what only the machine that computes can tell: recipe, data, another run in its folder, space for a checkpoint. With --job
+prepare or evaluate: what those commands would.
 
-The last line is JSON. Of a run: run_dir, name, finished, fewer_ranks (those of --fewer-ranks that the
-batch divides over). Of prepare: corpus, name, units, finished, and passes: how many
-times the parts must be started. Of evaluate: run_dir, name, steps. Exit code 2 where the job is refused.
+The last line is JSON. Of a run: run_dir, name, finished, command, fewer_ranks (those of --fewer-ranks that the batch divides
+over). Of prepare: corpus, name, units, finished, and passes: how many times the parts must be started. Of evaluate: run_dir,
+name, steps. Exit code 2 where the job is refused.
 """
 
 import argparse
@@ -17,15 +18,17 @@ from typing import Any
 from data.errors import DataError
 from data.prepare import unfinished
 from data.sources import Limits, open_source
-from launcher.config import ConfigError, RunConfig, load_config, validate
+from launcher.config import ConfigError, FinetuneConfig, RunConfig, validate
 from launcher.evaluate import corpus_among, open_held_out, source_of
+from launcher.finetune import command_for
 from launcher.limits import LimitError
-from launcher.pretrain import begin_logging, open_again, refuse_stop_behind
+from launcher.pretrain import begin_logging
 from launcher.redaction import hide
 from launcher.results import result_path
-from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, read_saved_config, refuse_other_config
+from launcher.run_dir import RunDirError, prepare_run_dir, read_saved_config
+from launcher.start import check_run, is_finished, refuse_stop_behind
+from launcher.task_config import TextTask
 from parallel.checkpoint import committed_steps
-from parallel.deepspeed_config import check_passthrough
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -51,19 +54,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def check_pretrain(args: argparse.Namespace, cfg: RunConfig) -> dict[str, Any]:
-    if wrong := check_passthrough(cfg.parallel):
-        raise ConfigError("\n".join(wrong))
-    cfg.grad_accum_steps(args.ranks)
-    refuse_other_config(cfg, args.allow_change)
-    open_again(cfg, args.ranks, Ledger(cfg.run_dir).left_out())
+def check_training(args: argparse.Namespace, cfg: RunConfig) -> dict[str, Any]:
+    command = command_for(args.config)
+    check_run(cfg, args.allow_change, args.ranks, command)
     if not args.write_nothing:
         prepare_run_dir(cfg, needed_bytes=12 * cfg.model.n_params)  # fp32 weights and two moments
-    steps = committed_steps(cfg.run_dir / "checkpoints")
-    refuse_stop_behind(cfg, steps)
-    finished = bool(steps) and steps[-1] >= cfg.train.steps and Ledger(cfg.run_dir).tells_finished(steps[-1])
+    refuse_stop_behind(cfg, committed_steps(cfg.run_dir / "checkpoints"))
     fewer = [ranks for ranks in args.fewer_ranks if divides(cfg, ranks)]
-    return {"run_dir": os.path.abspath(cfg.run_dir), "name": cfg.run.name, "finished": finished, "fewer_ranks": fewer}
+    return {"run_dir": os.path.abspath(cfg.run_dir), "name": cfg.run.name, "finished": is_finished(cfg),
+            "command": command.name, "fewer_ranks": fewer}  # fmt: skip
 
 
 def divides(cfg: RunConfig, ranks: int) -> bool:
@@ -88,9 +87,12 @@ def check_evaluate(args: argparse.Namespace, cfg: RunConfig) -> dict[str, Any]:
         near = sorted(str(path.parent) for path in cfg.run_dir.parent.glob("*/checkpoints"))
         what = "is no folder of a run" if saved is None else "has no checkpoint yet"
         raise ValueError(f"{cfg.run_dir} {what}; beside it: {', '.join(near) or 'none'}")
+    run = validate(saved, str(cfg.run_dir / "config.yaml"))
     corpus, is_corpus = corpus_among(args.data)
-    if is_corpus:
-        open_held_out(validate(saved, str(cfg.run_dir / "config.yaml")), corpus)
+    if isinstance(run, FinetuneConfig) and not isinstance(run.task, TextTask):
+        pass  # its examples are files that launcher/evaluate.py judges
+    elif is_corpus:
+        open_held_out(run, corpus)
     else:
         for path in args.data:
             open_source(source_of(path, "text"), Limits())
@@ -112,14 +114,14 @@ def _steps(text: str) -> list[int]:
         raise ValueError(f"--steps {text}; expected steps with commas between them, such as 1000,2000") from None
 
 
-CHECKS = {"pretrain": check_pretrain, "prepare": check_prepare, "evaluate": check_evaluate}
+CHECKS = {"pretrain": check_training, "prepare": check_prepare, "evaluate": check_evaluate}
 
 
 def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
     begin_logging()
     try:
-        found = CHECKS[args.job](args, load_config(args.config, args.overrides))
+        found = CHECKS[args.job](args, command_for(args.config).load(args.config, args.overrides))
     except (DataError, RunDirError, LimitError, ValueError) as error:  # ConfigError is a ValueError
         print(hide(str(error)), file=sys.stderr)
         return 2

@@ -42,6 +42,7 @@ def describe(path: Path) -> str:
     return (
         f"{path.name}  {n_bytes / 1e9:.3f} GB  {len(m.files)} files of {m.world_size} ranks  ZeRO {m.zero_stage}  "
         f"{precision}  {m.totals.get('tokens', 0):,} tokens"
+        + ("  best of its evaluations until then" if m.totals.get("best_step") == m.step else "")
     )
 
 
@@ -87,13 +88,14 @@ def verify(folder: Path, steps: list[int]) -> tuple[list[str], bool]:
 
 
 def prune(run_dir: Path, cfg: CheckpointConfig, damaged: bool, dry_run: bool) -> Iterator[str]:
-    """Remove what need not stay; the newest whole one stays whatever is asked."""
+    """Remove what need not stay; the newest whole one and the best stay whatever is asked."""
     folder = run_dir / "checkpoints"
     steps = committed_steps(folder)
     whole = next((step for step in reversed(steps) if not faults(folder / folder_name(step))), None)
     if whole is None and (steps or any(".staging" not in path.name for path in others(folder))):
         raise RunDirError(f"none of the checkpoints in {folder} is whole; nothing is removed")
-    gone = retire(folder, cfg, stay=frozenset([whole] if whole is not None else []), dry_run=dry_run)
+    stay = frozenset() if whole is None else frozenset([whole, best_step(folder / folder_name(whole))])
+    gone = retire(folder, cfg, stay=stay, dry_run=dry_run)
     for step in gone:
         yield f"{'would remove' if dry_run else 'removed'} {folder_name(step)}"
     for path in others(folder) if damaged else []:
@@ -101,6 +103,11 @@ def prune(run_dir: Path, cfg: CheckpointConfig, damaged: bool, dry_run: bool) ->
             remove(path)
         yield f"{'would remove' if dry_run else 'removed'} {path.name}: {why_not(path)}"
     yield f"{len(steps) - len(gone)} checkpoints stay"
+
+
+def best_step(checkpoint: Path) -> int:
+    """Of the run's best checkpoint by eval.keep_best, as this one tells it; 0 where none is."""
+    return int(read_manifest(checkpoint).totals.get("best_step", 0))
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationEr
 
 from data.config import DataConfig
 from data.urls import SECRET, redact
+from launcher.task_config import TaskConfig
 from model.config import ModelConfig
 from parallel.config import CheckpointConfig, OptimConfig, ParallelConfig
 
@@ -102,6 +103,21 @@ class EvalConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     windows: PositiveInt = 256  # at most so many held-out sequences, always the same ones
     prompts: list[str] = []  # continued at each evaluation and written to TensorBoard
     sample_tokens: PositiveInt = 64  # length of a continuation
+    keep_best: str | None = None  # what an evaluation measures, such as loss/valid: its best checkpoint always stays
+    patience: PositiveInt | None = None  # end the run after so many evaluations in which keep_best was not better
+
+    @model_validator(mode="after")
+    def _patience_has_a_score(self) -> Self:
+        if self.patience is not None and self.keep_best is None:
+            raise ValueError(f"patience={self.patience} needs keep_best, the score that must become better")
+        if self.patience is not None and not self.every:
+            raise ValueError(f"patience={self.patience} needs evaluations on the way; set every to more than 0")
+        return self
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Of keep_best: losses, perplexities and bits a byte, whose names begin with loss/; all else is a score."""
+        return (self.keep_best or "").startswith("loss/")
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -153,6 +169,16 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return Path(self.run.folder) / self.run.name
 
     @property
+    def begun_with(self) -> dict[str, Any]:
+        """What the ledger says of weights that were there before the run."""
+        return {}
+
+    @property
+    def what_counts(self) -> str:
+        """The name of what losses are means over."""
+        return "tokens"
+
+    @property
     def global_batch_size(self) -> int:
         """Sequences a step, over all ranks."""
         return self.train.global_batch_size or self.tokens_per_step // self.model.seq_len
@@ -181,6 +207,33 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return batch // unit
 
 
+class OriginConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Which weights a fine-tuned run began with: found from `init`, kept with the run and held to ever after."""
+
+    step: NonNegativeInt | None = None  # of the run's checkpoint; None for a Hugging Face folder
+    digest: (
+        str  # xxh3-128 of what the checkpoint's manifest says, which has every file's hash; or of the folder's files
+    )
+    tokenizer: str  # fingerprint
+    model: ModelConfig
+
+
+class FinetuneConfig(RunConfig, frozen=True, extra="forbid", strict=True):
+    """Of launcher/finetune.py. The model section comes from the origin; see launcher/origin.py."""
+
+    init: str  # runs/NAME, runs/NAME@STEP, a Hugging Face folder or hf://ORG/NAME
+    task: TaskConfig
+    origin: OriginConfig
+
+    @property
+    def begun_with(self) -> dict[str, Any]:
+        return {"init": self.init, "origin_step": self.origin.step, "origin_digest": self.origin.digest}
+
+    @property
+    def what_counts(self) -> str:
+        return "tokens" if self.task.kind == "text" else "targets"
+
+
 def _nearest_divisors(whole: int, by: int, near: int) -> list[int]:
     """The n just below and just above `near` for which n * by divides `whole`."""
     if whole % by:
@@ -191,7 +244,19 @@ def _nearest_divisors(whole: int, by: int, near: int) -> list[int]:
 
 
 def load_config(path: str, overrides: list[str]) -> RunConfig:
-    """Read a recipe and apply `section.key=value` overrides. Raises ConfigError listing all that is wrong."""
+    """Read a pretraining's recipe and apply `section.key=value` overrides. Raises ConfigError listing all that is wrong."""
+    raw = read_recipe(path, overrides)
+    if is_finetune(raw):
+        raise ConfigError(f"{path} has init and task, so it is of a fine-tuning: start it with launcher/finetune.py")
+    return validate(raw, path)
+
+
+def is_finetune(raw: dict[str, Any]) -> bool:
+    return "init" in raw or "task" in raw
+
+
+def read_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
+    """A recipe as it is written, with overrides put in and nothing judged. Raises ConfigError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -210,25 +275,26 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
             wrong.append(str(error))
     if wrong:
         raise ConfigError("\n".join(wrong))
-    return validate(raw, path)
+    return raw
 
 
 def validate(raw: dict[str, Any], where: str) -> RunConfig:
-    """Check a mapping of sections. `where` names it in the message."""
+    """Check a mapping of sections, of a FinetuneConfig where it is one. `where` names it in the message."""
+    kind = FinetuneConfig if is_finetune(raw) else RunConfig
     try:
-        return RunConfig.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        lines = [redact(line) for item in error.errors() for line in _explain(item, raw)]
+        lines = [redact(line) for item in error.errors() for line in _explain(item, kind)]
         raise ConfigError(f"{where}: {len(lines)} wrong\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
-def _explain(item: Any, raw: dict[str, Any]) -> list[str]:
+def _explain(item: Any, kind: type[RunConfig]) -> list[str]:
     """One pydantic error as `key: got VALUE; EXPECTED`."""
     loc = [str(part) for part in item["loc"]]
     key = ".".join(loc)
     if item["type"] == "extra_forbidden":
         never = "; code that comes with a dataset, a tokenizer or a model is never run"
-        return [f"{key}: no such key{never if loc[-1] == 'trust_remote_code' else _suggest(loc)}"]
+        return [f"{key}: no such key{never if loc[-1] == 'trust_remote_code' else _suggest(loc, kind)}"]
     if item["type"] == "missing":
         return [f"{key}: missing; it has no default"]
     message = item["msg"].removeprefix("Value error, ")
@@ -244,12 +310,12 @@ def _shown(loc: list[str], value: Any) -> str:
     return "***" if any(part.endswith("options") for part in loc) else redact(repr(value))
 
 
-def _suggest(loc: list[str]) -> str:
-    known = _keys_at(RunConfig, loc[:-1])
+def _suggest(loc: list[str], kind: type[RunConfig]) -> str:
+    known = _keys_at(kind, loc[:-1])
     match = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
     if match:
         return f"; did you mean {'.'.join([*loc[:-1], match[0]])}?"
-    elsewhere = [f"{s}.{loc[-1]}" for s in RunConfig.model_fields if loc[-1] in _keys_at(RunConfig, [s])]
+    elsewhere = [f"{s}.{loc[-1]}" for s in kind.model_fields if loc[-1] in _keys_at(kind, [s])]
     return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(known) or 'none'}"
 
 
@@ -310,7 +376,7 @@ def _set(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     shown = redact(f"{path}=***" if SECRET.search(text) else override)
     keys = path.split(".")
-    if not equals or len(keys) < 2 or not all(keys):
+    if not equals or (len(keys) < 2 and keys != ["init"]) or not all(keys):
         raise ConfigError(f"{shown!r}: expected section.key=value, for example train.steps=100")
     section = raw
     for key in keys[:-1]:
@@ -330,7 +396,8 @@ def to_yaml(cfg: RunConfig) -> str:
 # What a resumed run may be given anew: where it runs and what it writes, not what it computes.
 _MAY_CHANGE = ("parallel.", "checkpoint.", "log.", "eval.", "train.micro_batch_size", "train.stop_at", "train.bad_steps.",
                "run.folder", "run.name", "data.workers", "data.stream.workers", "data.corpus", "data.cache.", "data.on_bad",
-               "data.max_bad", "data.max_document_bytes", "data.shard_bytes", "data.valid_fraction")  # fmt: skip
+               "data.max_bad", "data.max_document_bytes", "data.shard_bytes", "data.valid_fraction",
+               "task.train", "task.valid")  # fmt: skip
 
 
 def unknown_keys(cfg: RunConfig, keys: list[str]) -> list[str]:

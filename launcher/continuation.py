@@ -27,6 +27,7 @@ class Options:
     top_p: float = 1.0
     seed: int = 0  # of every prompt, whatever stands beside it
     stop: tuple[str, ...] = ()  # a continuation ends before the first of these
+    stop_ids: frozenset[int] = frozenset()  # and with one of these tokens, or the one that ends a document
     cache: bool = True
 
     def __post_init__(self) -> None:
@@ -55,7 +56,8 @@ class Row:
         )
         self.ids.append(drawn)
         self.text = self._tokenizer.decode(self.ids)[len(self.prompt_text) :]
-        self.finished = drawn == self._tokenizer.eos_id or len(self.ids) - self.n_prompt >= options.n_tokens
+        ended = drawn == self._tokenizer.eos_id or drawn in options.stop_ids
+        self.finished = ended or len(self.ids) - self.n_prompt >= options.n_tokens
         ends = [self.text.find(stop) for stop in options.stop if stop in self.text]
         if ends:
             self.text, self.finished = self.text[: min(ends)], True

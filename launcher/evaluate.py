@@ -1,6 +1,6 @@
-"""Loss, perplexity and bits a byte of a run's checkpoint or a Hugging Face folder, source by source.
+"""Loss, perplexity and bits a byte of a run's checkpoint or a Hugging Face folder, source by source; scores of a task.
 
-    python launcher/evaluate.py runs/NAME                                       # on what its corpus holds out
+    python launcher/evaluate.py runs/NAME                                       # on what it holds out
     python launcher/evaluate.py runs/NAME --step 1000 --data texts/*.txt more.jsonl --field text --json
     python launcher/evaluate.py exports/NAME --data texts/*.txt
     python launcher/evaluate.py runs/NAME --step 1000 --save held-out           # to evaluations/held-out/, and TensorBoard
@@ -33,13 +33,15 @@ from data.manifest import MANIFEST
 from data.sources import FilesConfig, JsonlConfig, Limits, TextConfig, documents, open_source
 from data.store import is_url
 from data.tokenizer import Tokenizer
-from launcher.config import ConfigError, RunConfig
+from launcher.config import ConfigError, FinetuneConfig, RunConfig
+from launcher.evaluate_task import on_examples, task_table
 from launcher.held_out import Batch, Sums, bits_per_byte, combine, perplexity, sum_losses
 from launcher.results import check_name, keep
 from launcher.trained import Checkpoint, Trained, load_trained
 from model.hf_folder import DTYPES
 from parallel.checkpoint import CheckpointError
 
+TEXT_FIELD = "text"
 DEFAULT_BATCH = 8  # sequences a forward, of a Hugging Face folder
 SHARD_BYTES = 2**23  # of text that is read at a time
 # what a run logs of all its held-out text
@@ -104,7 +106,7 @@ def open_held_out(run: RunConfig, location: str | None) -> tuple[DataConfig, dic
 
 def _of_corpus(trained: Trained, corpus: Corpus, windows: int, batch: int) -> Sums:
     with torch.inference_mode():
-        return sum_losses(trained.model, eval_batches(corpus, windows, batch, 0, 1), trained.model.head.weight.device)
+        return sum_losses(trained.model, eval_batches(corpus, windows, batch, 0, 1), trained.model.embed.weight.device)
 
 
 def _check_tokenizer(trained: Trained, valid: dict[str, Corpus], cfg: DataConfig) -> None:
@@ -153,7 +155,7 @@ def _of_source(trained: Trained, source: FilesConfig, windows: int | None, batch
     counted = Counted(trained.tokenizer, trained.model.cfg.seq_len, windows)
     with torch.inference_mode():
         batches = batched(counted.rows(source), batch)
-        sums = sum_losses(trained.model, batches, trained.model.head.weight.device)
+        sums = sum_losses(trained.model, batches, trained.model.embed.weight.device)
     if not sums.targets:
         raise ValueError(f"{source.paths[0]} has no text to evaluate; name files with text")
     return Result(sums, counted.n_bytes)
@@ -235,16 +237,27 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             f"--save {args.save}: {args.model} is no run's folder, which results are kept in; leave it out"
         )
     batch = args.batch_size or (DEFAULT_BATCH if checkpoint is None else checkpoint.cfg.train.micro_batch_size)
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == trained.model.embed.weight.dtype)
+    about = {"model": str(args.model), "step": checkpoint.step if checkpoint else None, "dtype": dtype}
+    if checkpoint is not None and isinstance(checkpoint.cfg, FinetuneConfig) and checkpoint.cfg.task.kind != "text":
+        if args.windows is not None:
+            raise ValueError("--windows is for text; of a task every example counts: leave it out")
+        if args.field != TEXT_FIELD:
+            raise ValueError(
+                f"--field {args.field} is for text; the columns of a task are those of the run: leave it out"
+            )
+        return about | on_examples(trained, checkpoint.cfg, args.data, batch)
     corpus, is_corpus = corpus_among(args.data)
     if is_corpus:
         found = on_corpus(trained, corpus, args.windows, batch)
     else:
         found = on_texts(trained, args.data, args.field, args.windows, batch)
-    dtype = next(name for name, dtype in DTYPES.items() if dtype == trained.model.head.weight.dtype)
-    return {"model": str(args.model), "step": checkpoint.step if checkpoint else None, "dtype": dtype, **found}
+    return about | found
 
 
 def table(found: dict[str, Any]) -> str:
+    if "table" in found:
+        return task_table(found)
     step = f" step {found['step']}" if found["step"] is not None else ""
     rows = {**found["sources"], "all": found["overall"]}
     width = max(map(len, rows))
@@ -268,7 +281,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="a run's folder, or a Hugging Face folder such as export.py writes")
     parser.add_argument("--data", nargs="+", default=[], help="text or .jsonl files (also packed; globs), each a source; or "
                         "a prepared corpus (default: the run's own)")  # fmt: skip
-    parser.add_argument("--field", default="text", help="of .jsonl: the field that is the text (default text)")
+    parser.add_argument("--field", default=TEXT_FIELD, help="of .jsonl: the field that is the text (default text)")
     parser.add_argument("--step", type=int, help="checkpoint of a run to read (default: the newest)")
     parser.add_argument("--windows", type=int, help="sequences of a source at most (default: as the run's eval.windows; of "
                         "files all)")  # fmt: skip

@@ -15,10 +15,30 @@ from data.tokenizer import Tokenizer
 from launcher.config import RunConfig
 from launcher.held_out import combine, sum_losses
 from launcher.metrics import MetricsLog, describe
+from launcher.run_data import RunData
 from launcher.sampling import sample
 from parallel.engine import Engine
 
 log = logging.getLogger("longhaul")
+
+
+def evaluate_text(
+    cfg: RunConfig,
+    engine: Engine,
+    data: RunData,
+    sample: int,
+    metrics: MetricsLog | None,
+    step: int,
+    enter: Callable[[str], None],
+) -> dict[str, float]:
+    """Loss on held-out windows, and samples of the model's text. Returns what `data.scores()` names, {} where the loss
+    could not be measured.
+
+    sample: number of one that the step read.    metrics: on rank 0.    enter: told of its phase before a forward pass.
+    """
+    values = evaluate(cfg, engine, data.valid, data.shares(sample), metrics, step, enter)
+    write_samples(cfg, engine, data.tokenizer, metrics, step)
+    return values
 
 
 def evaluate(

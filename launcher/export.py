@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.chat import PlainTemplate, open_template
 from data.corpus import CorpusFolder
 from data.dataset import reading
 from data.errors import DataError
@@ -33,12 +34,21 @@ from data.formats import Document
 from data.sources import EmbeddedConfig, Limits, documents, open_source
 from data.store import is_url
 from data.tokenizer import Tokenizer
-from launcher.config import ConfigError
+from launcher.config import ConfigError, FinetuneConfig
 from launcher.model_card import last_held_out, model_card
 from launcher.staging import LOCK, StagingError, check_absent, staging_for
+from launcher.task_config import ChatTask
 from launcher.trained import Checkpoint, open_checkpoint
 from model.config import ModelConfig
-from model.hf_folder import DTYPES, logits_of_transformers, plan_files, read_config, write_configs, write_weights
+from model.hf_folder import (
+    DTYPES,
+    ReadRange,
+    logits_of_transformers,
+    plan_files,
+    read_config,
+    write_configs,
+    write_weights,
+)
 from parallel.checkpoint import CheckpointError, file_hash
 
 REPORT = "export_report.json"
@@ -66,8 +76,8 @@ class Comparison:
     largest_difference: float
     tolerance: float  # of the difference, as a part of the largest logit
     same_choice: float  # part of the positions at which both find the same token likeliest
-    loss_here: float  # nats a token on these windows
-    loss_there: float
+    loss_here: float | None  # nats a token on these windows; None of labels
+    loss_there: float | None
 
     @property
     def equal(self) -> bool:
@@ -127,30 +137,34 @@ def compare(
 
     cfg: of the folder; ours may have more rows in its vocabulary.
     """
-    theirs = logits_of_transformers(folder, windows)
+    head = checkpoint.label_head
+    if head is not None and not head.per_token:  # texts of different lengths, the longest of them whole
+        windows = [window[: 1 + (len(window) - 1) * (i + 1) // len(windows)] for i, window in enumerate(windows)]
+    theirs = logits_of_transformers(folder, windows, head)
     model = checkpoint.model(rounded_to=dtype)
     largest = difference = loss_here = loss_there = 0.0
     same = count = 0
     for window, there in zip(windows, theirs, strict=True):
         with torch.inference_mode():
-            here = model(window.unsqueeze(0))[0, :, : cfg.vocab_size]
+            here = model(window.unsqueeze(0))[0, -len(there) :, : there.shape[-1]]  # of a text's label the last alone
         # max() of Python would pass over NaN
         largest = torch.tensor([largest, here.abs().max()]).max().item()
         difference = torch.tensor([difference, (here - there).abs().max()]).max().item()
         same += int((here.argmax(-1) == there.argmax(-1)).sum())
-        loss_here += F.cross_entropy(here[:-1], window[1:], reduction="sum").item()
-        loss_there += F.cross_entropy(there[:-1], window[1:], reduction="sum").item()
-        count += len(window)
+        count += len(there)
+        if head is None:
+            loss_here += F.cross_entropy(here[:-1], window[1:], reduction="sum").item()
+            loss_there += F.cross_entropy(there[:-1], window[1:], reduction="sum").item()
     targets = max(1, count - len(windows))
     return Comparison(
         windows=len(windows),
-        tokens=count,
+        tokens=sum(map(len, windows)),
         largest_logit=largest,
         largest_difference=difference,
         tolerance=TOLERANCE * math.sqrt(cfg.n_layers),
         same_choice=same / count,
-        loss_here=loss_here / targets,
-        loss_there=loss_there / targets,
+        loss_here=loss_here / targets if head is None else None,
+        loss_there=loss_there / targets if head is None else None,
     )
 
 
@@ -177,14 +191,15 @@ def export(
     """Write and prove the folder; returns what its report says. Raises ValueError for a model without an equal there."""
     dtype, tokenizer = DTYPES[dtype_name], checkpoint.tokenizer()
     cfg = exported_config(checkpoint.cfg.model, tokenizer.vocab_size, keep_padding)
-    files = plan_files(cfg, dtype, shard_bytes)
+    head = checkpoint.label_head
+    files = plan_files(cfg, dtype, shard_bytes, head)
     n_bytes = sum(entry.n_bytes for entries in files.values() for entry in entries)
     with staging_for(output, n_bytes + SLACK_BYTES) as staging:
         ids = special_ids(tokenizer)
-        architecture = write_configs(staging, cfg, dtype, *ids, n_known=tokenizer.vocab_size)
+        architecture = write_configs(staging, cfg, dtype, *ids, n_known=tokenizer.vocab_size, head=head)
         texts, origin = real_texts(checkpoint, tokenizer)
         exported = write_tokenizer(tokenizer, staging, cfg.seq_len, texts)
-        write_weights(staging, files, checkpoint.read_weight)
+        write_weights(staging, files, read_for(checkpoint))
         _same_config(cfg, read_config(staging))
         comparison = compare(checkpoint, staging, cfg, dtype, proof_windows(tokenizer, texts, cfg))
         if not comparison.equal:
@@ -194,6 +209,7 @@ def export(
                 "Longhaul or of the installed transformers; nothing was written"
             )
         report = report_of(checkpoint, cfg, dtype_name, architecture, exported, comparison, origin)
+        report["parameters"] = sum(math.prod(entry.shape) for entries in files.values() for entry in entries)
         report["vocabulary"]["tokenizer"] = tokenizer.vocab_size
         report["ids"] = ids._asdict()
         report["files"] = {
@@ -204,6 +220,15 @@ def export(
         (staging / "README.md").write_text(model_card(checkpoint, report, output.name), encoding="utf-8")
         (staging / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
+
+
+def read_for(checkpoint: Checkpoint) -> ReadRange:
+    """The run's weights, and zeros for the bias of a head that transformers has and ours does not."""
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        return torch.zeros(stop - start) if name == "score.bias" else checkpoint.read_weight(name, start, stop)
+
+    return read
 
 
 def _same_config(written: ModelConfig, read: ModelConfig) -> None:
@@ -229,13 +254,18 @@ def report_of(
     notes = list(exported.notes)
     if cfg.dropout != checkpoint.cfg.model.dropout:
         notes.append(f"the run trained with dropout {checkpoint.cfg.model.dropout}; {architecture} has none")
+    task = checkpoint.cfg.task if isinstance(checkpoint.cfg, FinetuneConfig) else None
+    if isinstance(task, ChatTask) and isinstance(open_template(task.template, checkpoint.tokenizer()), PlainTemplate):
+        notes.append(
+            "the folder has no chat template: the words between messages are those of data/chat.py, and an answer ends with "
+            "the end of a document; launcher/generate.py RUN --chat puts them in by itself"
+        )
     return {
         "run": checkpoint.cfg.run.name,
         "step": checkpoint.step,
         "tokens_seen": manifest.totals.get("tokens"),
         "passed_over": [line.partition(" is damaged")[0].rpartition("/")[2] for line in checkpoint.passed_over],
         "architecture": architecture,
-        "parameters": cfg.n_params,
         "dtype": dtype_name,
         "vocabulary": {"model": checkpoint.cfg.model.vocab_size, "exported": cfg.vocab_size},
         "text": origin,
@@ -253,6 +283,9 @@ def report_of(
 def describe(report: dict[str, Any], output: Path) -> str:
     """The report for people."""
     logits, tokens = report["logits"], report["tokenizer"]
+    loss = ""
+    if logits["loss_here"] is not None:
+        loss = f", loss {logits['loss_there']:.6f} there and {logits['loss_here']:.6f} here"
     proved = (
         f"{tokens['tokens']:,} ids equal, of {tokens['documents']} documents ({report['text']}) and "
         f"{tokens['adversarial']} adversarial strings"
@@ -263,8 +296,7 @@ def describe(report: dict[str, Any], output: Path) -> str:
         f"step {report['step']} of {report['run']}: {report['parameters']:,} parameters as {report['architecture']}, "
         f"{report['dtype']}, {sum(file['bytes'] for file in report['files'].values()) / 1e6:.1f} MB",
         f"logits     {logits['tokens']:,} tokens: largest difference {logits['largest_difference']:.2e} of a largest "
-        f"logit of {logits['largest_logit']:.3g} (at most {logits['tolerance']:.1e} of it), loss "
-        f"{logits['loss_there']:.6f} there and {logits['loss_here']:.6f} here",
+        f"logit of {logits['largest_logit']:.3g} (at most {logits['tolerance']:.1e} of it){loss}",
         f"tokenizer  {proved}",
         *(f"note       {note}" for note in report["notes"]),
         f"written to {output}; the proof is in {output / REPORT}, how to load it in {output / 'README.md'}",

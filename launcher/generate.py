@@ -2,6 +2,7 @@
 
     python launcher/generate.py runs/NAME --prompt 'def '
     python launcher/generate.py exports/NAME --prompt 'def ' --prompt 'class ' --top-p 0.95 --stop $'\\n\\n'
+    python launcher/generate.py runs/CHAT --chat                         # a line you type, a line it answers
 
 The sharded checkpoint is read without its engine, whatever topology wrote it. One prompt's text is shown as it comes,
 that of several when each is finished. Exit code 2 when something cannot be read or asked for.
@@ -13,9 +14,11 @@ from pathlib import Path
 
 from data.errors import DataError
 from data.tokenizer import Tokenizer
+from launcher.chat import Chat, talk, template_of
 from launcher.config import ConfigError
 from launcher.continuation import Options, continue_prompts
-from launcher.trained import load_trained, open_checkpoint
+from launcher.trained import Trained, load_trained, open_checkpoint
+from model.classifier import Classifier
 from model.hf_folder import DTYPES
 from model.transformer import Transformer
 from parallel.checkpoint import CheckpointError
@@ -41,7 +44,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         epilog="example: python launcher/generate.py runs/embedded --prompt 'def main(' --tokens 100 --top-p 0.95",
     )
     parser.add_argument("model", type=Path, help="a run's folder, or a Hugging Face folder such as export.py writes")
-    parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue, with --chat a message; may "
+                        "be repeated")  # fmt: skip
+    parser.add_argument("--chat", action="store_true", help="answer messages, each prompt the first of a conversation; "
+                        "without prompts those of the terminal, as one conversation")  # fmt: skip
+    parser.add_argument("--system", help="with --chat: what the model is told before the first message")
     parser.add_argument("--tokens", type=int, default=100, help="at most so many new tokens (default 100)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=50, help="draw among the k likeliest; 0 for all")
@@ -56,6 +63,24 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def refuse_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for what does not go together."""
+    if not args.prompt and not args.chat:
+        raise ValueError("there is nothing to continue; give --prompt TEXT, or --chat")
+    if args.system is not None and not args.chat:
+        raise ValueError("--system has no effect without --chat; add it, or leave --system out")
+
+
+def chat(trained: Trained, args: argparse.Namespace, options: Options) -> None:
+    """Answer the prompts, or the terminal until its end (Ctrl-D)."""
+    template = template_of(trained, args.model)
+    if not args.prompt:
+        talk(Chat(trained, template, options, args.system), sys.stdin, lambda text: show(0, text))
+    for prompt in args.prompt:
+        Chat(trained, template, options, args.system).say(prompt, lambda text: show(0, text))
+        print()
+
+
 def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
     try:
@@ -63,7 +88,15 @@ def main(argv: list[str]) -> int:
             n_tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
             stop=tuple(args.stop), cache=not args.no_cache,
         )  # fmt: skip
+        refuse_arguments(args)
         trained = load_trained(args.model, args.step, DTYPES[args.dtype])
+        if args.chat:
+            chat(trained, args, options)
+            return 0
+        if isinstance(trained.model, Classifier):
+            raise ValueError(
+                f"{args.model} gives labels and no text; see launcher/evaluate.py {args.model} --data FILE"
+            )
         prompts = [trained.prompt_ids(prompt) for prompt in args.prompt]
         if len(prompts) == 1:
             show(0, args.prompt[0])

@@ -57,6 +57,11 @@ def combine(losses: dict[str, float], shares: dict[str, float], valid: dict[str,
     return values
 
 
+def score_names(valid: dict[str, Corpus]) -> list[str]:
+    """The keys of what combine gives."""
+    return list(combine(dict.fromkeys(valid, 1.0), dict.fromkeys(valid, 1.0), valid)) if valid else []
+
+
 def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 

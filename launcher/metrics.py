@@ -30,7 +30,7 @@ class Clock:
     steps: int = 0
     step_s: float = 0.0
     data_wait_s: float = 0.0
-    tokens: int = 0
+    tokens: int = 0  # read, those without a target too
     recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=1000))  # each step's
 
     def add(self, step_s: float, tokens: int) -> None:

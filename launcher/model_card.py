@@ -9,7 +9,9 @@ from typing import Any
 import yaml
 
 from data.fast_tokenizer import SENTENCEPIECE
+from launcher.config import FinetuneConfig, RunConfig
 from launcher.redaction import hide
+from launcher.task_config import ChatTask, ClassifyTask, TagTask, TextTask
 from launcher.trained import Checkpoint
 
 _LOAD = """\
@@ -26,6 +28,23 @@ model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = sentencepiece.SentencePieceProcessor(model_file="{folder}/{own}/tokenizer.model")
 inputs = torch.tensor([tokenizer.encode("{prompt}")])
 print(tokenizer.decode(model.generate(inputs, max_new_tokens={tokens})[0].tolist()))
+"""
+
+_LOAD_CLASSIFIER = """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+model = AutoModelForSequenceClassification.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+inputs = tokenizer(["a text", "another, which is longer"], padding=True, truncation=True, return_tensors="pt")
+print([model.config.id2label[label] for label in model(**inputs).logits.argmax(-1).tolist()])
+"""
+_LOAD_TAGGER = """\
+import torch
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+model = AutoModelForTokenClassification.from_pretrained("{folder}").eval()
+tokenizer, words = AutoTokenizer.from_pretrained("{folder}"), ["Words", "of", "a", "sentence"]
+ids = [tokenizer(("{join}" if i else "") + word).input_ids for i, word in enumerate(words)]  # each word by itself
+tags = iter(model(torch.tensor([sum(ids, [])])).logits[0].argmax(-1).tolist())
+print([model.config.id2label[[next(tags) for _ in of_word][-{at:d}]] for of_word in ids])
 """
 
 
@@ -68,15 +87,14 @@ def model_card(checkpoint: Checkpoint, report: dict[str, Any], name: str) -> str
     text = f"""\
 ---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {_pipeline(checkpoint)}
 tags: [longhaul]
 ---
 
 # {name}
 
-A language model of {report["parameters"]:,} parameters ({report["architecture"]}, context {cfg.model.seq_len:,} tokens),
-pretrained with Longhaul: step {report["step"]:,} of the run `{report["run"]}`. It continues text; it was not taught to
-follow instructions.
+{_kind(checkpoint)} of {report["parameters"]:,} parameters ({report["architecture"]}, context {cfg.model.seq_len:,} tokens),
+{_made(cfg)} with Longhaul: step {report["step"]:,} of the run `{report["run"]}`. {_does(cfg)}
 
 No licence is stated here: that is for whoever publishes it to decide, as it depends on the data.
 
@@ -85,10 +103,9 @@ No licence is stated here: that is for whoever publishes it to decide, as it dep
 Run from the folder that `{name}` lies in:
 
 ```python
-{snippet(name, tokenizer["auto_tokenizer"], cfg.model.seq_len)}```
+{_snippet(checkpoint, report, name)}```
 
-A document begins after the end of another one (id {report["ids"]["eos"]}), so that is also the id to begin an empty text
-with; nothing else is put before a text.
+{_note(checkpoint, report)}
 
 ## Data
 
@@ -104,7 +121,7 @@ with; nothing else is put before a text.
 
 Weights are {report["dtype"]}. On {logits["tokens"]:,} tokens of {report["text"]}, `transformers` and the training code, both
 computing in fp32 with these weights, differ by at most {logits["largest_difference"]:.2e} in a logit (the largest is
-{logits["largest_logit"]:.3g}; loss {logits["loss_there"]:.6f} and {logits["loss_here"]:.6f}). {of_tokenizer}
+{logits["largest_logit"]:.3g}{_losses(logits)}). {of_tokenizer}
 {_notes(report)}
 `export_report.json` has all figures, and every file's size and xxh3-128 hash.
 
@@ -122,13 +139,74 @@ computing in fp32 with these weights, differ by at most {logits["largest_differe
     return hide(text)
 
 
+def _snippet(checkpoint: Checkpoint, report: dict[str, Any], name: str) -> str:
+    fast, head = report["tokenizer"]["auto_tokenizer"], checkpoint.label_head
+    if head is None:
+        return snippet(name, fast, checkpoint.cfg.model.seq_len)
+    assert isinstance(checkpoint.cfg, FinetuneConfig)
+    if isinstance(checkpoint.cfg.task, TagTask):
+        return _LOAD_TAGGER.format(
+            folder=name, join=checkpoint.cfg.task.join, at=checkpoint.cfg.task.word_token == "last"
+        )
+    return _LOAD_CLASSIFIER.format(folder=name)
+
+
+def _note(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
+    if checkpoint.label_head is None:
+        return (
+            f"A document begins after the end of another one (id {report['ids']['eos']}), so that is also the id to begin "
+            "an empty text\nwith; nothing else is put before a text."
+        )
+    return (
+        "Nothing is put before a text. Labels: "
+        + ", ".join(f"`{label}`" for label in checkpoint.label_head.labels)
+        + "."
+    )
+
+
+def _pipeline(checkpoint: Checkpoint) -> str:
+    head = checkpoint.label_head
+    return "text-generation" if head is None else "token-classification" if head.per_token else "text-classification"
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    head = checkpoint.label_head
+    return "A language model" if head is None else "A tagger of words" if head.per_token else "A classifier of texts"
+
+
+def _losses(logits: dict[str, Any]) -> str:
+    if logits["loss_here"] is None:
+        return ""
+    return f"; loss {logits['loss_there']:.6f} and {logits['loss_here']:.6f}"
+
+
+def _made(cfg: RunConfig) -> str:
+    if not isinstance(cfg, FinetuneConfig):
+        return "pretrained"
+    origin = re.sub(r"@\d+$", "", os.path.basename(cfg.init.rstrip("/")))  # no path of this machine
+    step = "" if cfg.origin.step is None else f" at step {cfg.origin.step:,}"
+    return f"fine-tuned from `{origin}`{step} (digest {cfg.origin.digest})"
+
+
+def _does(cfg: RunConfig) -> str:
+    if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ChatTask):
+        return "It was tuned on conversations, with the loss on the answers alone."
+    if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ClassifyTask | TagTask):
+        return f"It gives {'each word' if isinstance(cfg.task, TagTask) else 'a text'} one of {len(cfg.task.labels)} labels."
+    return "It continues text; it was not taught to\nfollow instructions."
+
+
 def _tokens(report: dict[str, Any]) -> str:
     seen = report["tokens_seen"]
     return "An unknown number of tokens" if seen is None else f"{seen:,} tokens"
 
 
 def _sources(checkpoint: Checkpoint) -> str:
-    data = checkpoint.cfg.data
+    cfg, data = checkpoint.cfg, checkpoint.cfg.data
+    if isinstance(cfg, FinetuneConfig) and not isinstance(cfg.task, TextTask):
+        return (
+            f"- examples for the task `{cfg.task.kind}`: the targets of the fine-tuning, without what its origin read"
+        )
     if data.stream is not None:
         return f"- raw text, streamed{_hub(data.stream.dataset)}"
     lines = []

@@ -43,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     from data.errors import DataError
     from data.prepare import Part, PrepareError, prepare_part, report
     from data.workers import WorkerDied
-    from launcher.config import ConfigError, load_config
+    from launcher.config import ConfigError, FinetuneConfig
+    from launcher.origin import load_recipe
+    from launcher.run_dir import RunDirError
 
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -52,14 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
         number, of = part_of(args.part, os.environ)
         if not 0 <= number < of:
             raise PrepareError(f"part {number}/{of} does not exist; parts are numbered 0/{of} to {of - 1}/{of}")
-        recipe = load_config(args.config, args.overrides)
+        recipe = load_recipe(args.config, args.overrides)
         if of > 1:
             print(f"part       {number}/{of}", flush=True)
         cfg = recipe.data
         if args.verify:
             return _verify(cfg.corpus)
         manifest = prepare_part(cfg, Part(number, of), recipe.model.seq_len)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, RunDirError) as error:
         print(error, file=sys.stderr)
         return 2
     except (OSError, WorkerDied) as error:
@@ -78,7 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
                     if reason.startswith("bad:")):  # fmt: skip
         print(f"malformed  {cfg.corpus}/bad.jsonl: {n_bad:,} documents left out")
     print(f"tokenizer  {cfg.corpus}/tokenizer: {manifest.tokenizer.vocab_size} pieces")
-    print(f"next       deepspeed launcher/pretrain.py {shlex.join(['--config', args.config, *args.overrides])}")
+    command = "finetune" if isinstance(recipe, FinetuneConfig) else "pretrain"
+    print(f"next       deepspeed launcher/{command}.py {shlex.join(['--config', args.config, *args.overrides])}")
     return 0
 
 

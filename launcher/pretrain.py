@@ -5,9 +5,9 @@ The same command goes on from the newest good checkpoint of the run. It runs ali
 signal, or at train.stop_at, after saving, start it again to go on; anything else failed.
 """
 
-import argparse
 import gc
 import logging
+import math
 import os
 import shutil
 import sys
@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from launcher.launchers import (
     leaving_with_launcher,
@@ -34,34 +34,30 @@ from data.loader import StepBatch
 from launcher import bad_steps
 from launcher.agreement import agree_on_folder, agree_on_start
 from launcher.bad_steps import BadStep, Judge, Rewind
-from launcher.config import ConfigError, RunConfig, load_config, to_yaml
-from launcher.evaluation import evaluate, write_samples
+from launcher.config import ConfigError, RunConfig, to_yaml
 from launcher.goodput import Goodput
 from launcher.lease import Lease, LeaseLost, sole_writer
-from launcher.limits import LimitError, allow_files, check_threads
+from launcher.limits import LimitError
 from launcher.metrics import Clock, MetricsLog, describe, peak_flops, peak_host_mem_gib
 from launcher.read_log import ReadLog
 from launcher.redaction import HidingFormatter, hide
-from launcher.run_data import AnyLoader, RunData, open_data
-from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, refuse_other_config, save_config
-from launcher.saving import Progress, Saves, resume
+from launcher.run_data import AnyLoader, RunData
+from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, save_config
+from launcher.saving import Initial, Progress, Saves, never_saved, resume
 from launcher.signals import StopFlag, signal_name
+from launcher.start import PRETRAIN, Command, check, is_finished, open_again, parse_arguments, refuse_stop_behind
 from launcher.stragglers import Stragglers
 from launcher.watchdog import ALLOWANCE_S, Watchdog, is_effect
-from model.transformer import Transformer
 from parallel import device
-from parallel.checkpoint import CheckpointError, committed_steps, read_manifest
-from parallel.deepspeed_config import check_passthrough, deepspeed_config
+from parallel.checkpoint import CheckpointError, committed_steps
+from parallel.deepspeed_config import deepspeed_config
 from parallel.engine import Engine, UpdateResult, parallelize
 from parallel.mesh import (
     LaunchError,
     Mesh,
     Place,
     build_mesh,
-    check_device,
     close_mesh,
-    device_index,
-    place_from_environment,
 )
 from parallel.optim import lr_at
 from parallel.replicas import ReplicaError
@@ -86,38 +82,40 @@ class Stats:
 
 def train(
     cfg: RunConfig,
+    command: Command,
     data: RunData,
     engine: Engine,
+    initial: Initial | None,
     ledger: Ledger,
     stop: StopFlag,
     lease: Lease | None,
     watch: Watchdog,
 ) -> int:
-    """The whole run, from wherever it stands to its last step or to a request to stop. Returns the exit code.
+    """The whole run, from wherever it stands to its end or to a request to stop. Returns the exit code.
 
+    initial: values of a run's first step, None where it has saved.
     Raises Rewind where it is to be begun again from its newest checkpoint.
     """
     mesh = engine.mesh
     watch.enter("start-up", 0)
     start = configure_logging(cfg, mesh, ledger)
-    progress, cursor = resume(cfg, engine)
+    progress, cursor = resume(cfg, engine, initial)
     loader = data.loader(cfg, mesh, cursor)
     reads = ReadLog(cfg.run_dir, start, mesh.dp_rank)
     metrics = MetricsLog(cfg.run_dir, progress.step) if mesh.rank == 0 else None
     if mesh.rank == 0:
-        announce(cfg, mesh, ledger, metrics, start, progress, data, loader)
-    saves = Saves(cfg, engine, loader, reads, ledger, lease)
+        announce(cfg, engine, ledger, metrics, start, progress, data, loader)
+    saves = Saves(cfg, engine, loader, reads, ledger, lease, progress.best_step)
     judge = Judge(cfg.train.bad_steps, progress.losses, progress.grad_norms)
     stragglers = Stragglers(cfg.log.straggler_share, engine, watch.hosts, ledger)
     spans = deque[tuple[int, int]](maxlen=cfg.train.bad_steps.leave_out)  # of the last steps' samples
     may_end = cfg.data.stream is not None and cfg.data.stream.epochs is not None
     clock, overall, stopped_by, valid = Clock(), Clock(), 0, {}
     try:
-        if progress.step >= cfg.train.steps:  # killed before it could tell its end, or told to end where it stands
-            shares = data.shares(loader.cursor()["samples"] - cfg.global_batch_size)
-            valid = evaluate(cfg, engine, data.valid, shares, metrics, progress.step, watch.within(progress.step))
-            write_samples(cfg, engine, data.tokenizer, metrics, progress.step)
-        while progress.step < cfg.train.end and not stopped_by:
+        if progress.at_end(cfg):  # killed before it could tell its end, or told to end where it stands
+            sample, in_step = loader.cursor()["samples"] - cfg.global_batch_size, watch.within(progress.step)
+            valid = command.evaluate(cfg, engine, data, sample, metrics, progress.step, in_step)
+        while progress.step < cfg.train.end and not stopped_by and not progress.at_end(cfg):
             watch.enter("data", progress.step + 1)
             vote = mesh.agree_max(stop.signal_number, saves.failures)  # travels while the step computes
             began = time.perf_counter()
@@ -131,7 +129,9 @@ def train(
             clock.data_wait_s += time.perf_counter() - began
             reads.add(progress.step + 1, batch)
             spans.append(batch.span)
-            n_targets = batch.n_targets if loader.fixed_targets else int(mesh.sum([batch.n_targets])[0])
+            n_targets = n_read = batch.n_targets
+            if not loader.fixed_targets:
+                n_targets, n_read = (int(n) for n in mesh.sum([batch.n_targets, batch.tokens.numel()]))
             seed_step(cfg.run.seed, progress.step, mesh.dp_rank)
             lr, in_step = lr_at(progress.step, cfg.train.steps, cfg.optim), watch.within(progress.step + 1, batch.span)
             stats = train_step(engine, batch, n_targets, lr, judge, in_step)
@@ -147,7 +147,7 @@ def train(
             progress.tokens += n_targets
             progress.train_s += time.perf_counter() - began
             for c in (clock, overall):
-                c.add(time.perf_counter() - began, n_targets)
+                c.add(time.perf_counter() - began, n_read)
             stopped_by, failures = vote.result()  # every rank leaves at the same step
             last = progress.step == cfg.train.steps
             if due(progress.step, cfg.log.every) or last:
@@ -156,13 +156,13 @@ def train(
                     metrics.write(progress.step, data.progress(batch.span[1]))
                 clock = Clock()
             if due(progress.step, cfg.eval.every) or last:
-                shares = data.shares(batch.span[0])
-                valid = evaluate(cfg, engine, data.valid, shares, metrics, progress.step, watch.within(progress.step))
-                write_samples(cfg, engine, data.tokenizer, metrics, progress.step)
+                in_step = watch.within(progress.step)
+                valid = command.evaluate(cfg, engine, data, batch.span[0], metrics, progress.step, in_step)
+                progress.note_score(valid, cfg.eval)
             watch.enter("save", progress.step)
             saves.heed(failures, progress.step)
-            leaving = bool(stopped_by) or progress.step == cfg.train.end
-            if leaving or saves.due(progress.step):
+            leaving = bool(stopped_by) or progress.step == cfg.train.end or progress.at_end(cfg)
+            if leaving or saves.due(progress):
                 stall_s = saves.finish(progress) if leaving else saves.begin(progress)
                 if metrics is not None and stall_s is not None:
                     metrics.write(progress.step, {"speed/checkpoint_stall_s": stall_s})
@@ -188,9 +188,9 @@ def train(
         reads.close()
         if metrics is not None:
             metrics.close()
-    finished = progress.step >= cfg.train.steps
+    finished = progress.at_end(cfg)
     if mesh.rank == 0:
-        conclude(cfg, ledger, progress, valid, overall, finished, stopped_by)
+        conclude(cfg, command, ledger, progress, valid, overall, finished, stopped_by)
     return 0 if finished else STOPPED
 
 
@@ -280,7 +280,7 @@ def configure_logging(cfg: RunConfig, mesh: Mesh, ledger: Ledger) -> int:
     return start
 
 
-def build_engine(cfg: RunConfig, mesh: Mesh) -> Engine:
+def build_engine(cfg: RunConfig, mesh: Mesh, command: Command = PRETRAIN) -> Engine:
     ds_config = deepspeed_config(
         cfg.parallel,
         micro_batch_size=cfg.train.micro_batch_size,
@@ -288,12 +288,12 @@ def build_engine(cfg: RunConfig, mesh: Mesh) -> Engine:
         dp_size=mesh.dp_size,
         grad_clip=cfg.optim.grad_clip,
     )
-    return parallelize(lambda: Transformer(cfg.model), cfg.parallel, cfg.optim, ds_config, mesh)
+    return parallelize(lambda: command.build_model(cfg), cfg.parallel, cfg.optim, ds_config, mesh)
 
 
 def announce(
     cfg: RunConfig,
-    mesh: Mesh,
+    engine: Engine,
     ledger: Ledger,
     metrics: MetricsLog | None,
     start: int,
@@ -303,6 +303,7 @@ def announce(
 ) -> None:
     """Rank 0 says what begins, once, in the log, the ledger and TensorBoard."""
     assert metrics is not None
+    mesh = engine.mesh
     save_config(cfg)  # at each start: what was changed on purpose is what the next resume is held to
     if start == 1:
         data.tokenizer.save(cfg.run_dir / "tokenizer")  # so that the run's weights can be used without its corpus
@@ -319,20 +320,21 @@ def announce(
         micro_batch_size=cfg.train.micro_batch_size,
         cursor=loader.cursor() if cfg.data.stream is None else None,  # a stream cannot be audited
         skip=[entry.model_dump(mode="json", exclude_none=True) for entry in data.skip],
+        **cfg.begun_with,
     )
     metrics.goodput = Goodput(cfg.run_dir, time.time())
     metrics.write_text("config", f"```yaml\n{to_yaml(cfg)}\n```", progress.step)
     log.info(
-        "%s: %s parameters on %d x %s, ZeRO %d, %s; steps %d to %d of %s tokens",
+        "%s: %s parameters on %d x %s, ZeRO %d, %s; steps %d to %d of %s",
         cfg.run_dir,
-        f"{cfg.model.n_params:,}",
+        f"{sum(map(math.prod, engine.shapes.values())):,}",
         mesh.world_size,
         device.name(),
         cfg.parallel.zero_stage,
         cfg.parallel.precision,
         progress.step,
         cfg.train.steps,
-        f"{cfg.tokens_per_step:,}",
+        f"{cfg.tokens_per_step:,} tokens" if cfg.what_counts == "tokens" else f"{cfg.global_batch_size:,} sequences",
     )
     lines, warnings = data.announce((cfg.train.steps - progress.step) * cfg.global_batch_size)
     for line in lines:
@@ -396,6 +398,7 @@ def log_step(
 
 def conclude(
     cfg: RunConfig,
+    command: Command,
     ledger: Ledger,
     progress: Progress,
     valid: dict[str, float],
@@ -416,25 +419,29 @@ def conclude(
         )
         return
     tokens_per_s = overall.tokens / overall.step_s if overall.step_s else None  # of this start's steps alone
-    ledger.add("finished", step=progress.step, tokens=progress.tokens, **valid)
+    best = progress.best_of(cfg.eval)
+    ledger.add("finished", step=progress.step, tokens=progress.tokens, **valid, **best)
     log.info(
-        "finished: %d steps, %s tokens, %s%s\n"
-        "  the run lies in   %s\n"
-        "  sample its text   %s launcher/generate.py %s --prompt 'def '\n"
-        "  see its curves    %s --logdir %s",
+        "finished: %d steps, %s %s, %s%s",
         progress.step,
         f"{progress.tokens:,}",
+        cfg.what_counts,
         describe(valid, list(valid)),
         f"  tokens_per_s {tokens_per_s:,.0f}" if tokens_per_s else "",
-        cfg.run_dir,
-        command("python"),
-        cfg.run_dir,
-        command("tensorboard"),
-        cfg.run.folder,
     )
+    if best:
+        log.info(
+            "  best by %s: %.4g at step %d, which stays", cfg.eval.keep_best, best["best_score"], best["best_step"]
+        )
+    if "ended_by" in best:
+        log.info("  ended before step %d by %s", cfg.train.steps, best["ended_by"])
+    log.info("  the run lies in   %s", cfg.run_dir)
+    for doing, typed in command.uses(cfg).items():
+        log.info("  %-17s %s %s", doing, typed_as("python"), typed)
+    log.info("  see its curves    %s --logdir %s", typed_as("tensorboard"), cfg.run.folder)
 
 
-def command(program: str) -> str:
+def typed_as(program: str) -> str:
     """How to type a program of this environment: by its name where the shell finds it, else by its path."""
     here = Path(sys.executable).parent / program
     found = shutil.which(program)
@@ -445,70 +452,14 @@ def command(program: str) -> str:
 # -- the command --------------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="deepspeed launcher/pretrain.py",
-        description="Pretrain, or go on from the run's newest good checkpoint.",
-        epilog="example: deepspeed --num_accelerators 2 launcher/pretrain.py --config configs/embedded.yaml "
-        "train.steps=100 run.name=try",
-    )
-    parser.add_argument("--config", required=True, help="recipe, a YAML file")
-    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="config key that a resumed "
-                        "run may change on purpose; may be repeated")  # fmt: skip
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # passed by deepspeed
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
-    return parser.parse_intermixed_args(argv)  # options may stand between overrides
-
-
-def check(args: argparse.Namespace) -> tuple[RunConfig, Place, RunData]:
-    """Everything that can be refused before a process group or a model exists."""
-    cfg = load_config(args.config, args.overrides)
-    if wrong := check_passthrough(cfg.parallel):
-        raise ConfigError("\n".join(wrong))
-    place = place_from_environment(os.environ)
-    cfg.grad_accum_steps(place.world_size)
-    check_device(cfg.parallel.precision)
-    device_index(place)
-    refuse_other_config(cfg, args.allow_change)
-    check_threads()
-    data = open_again(cfg, place.world_size, Ledger(cfg.run_dir).left_out())
-    allow_files(data.most_files(), place.world_size)
-    return cfg, place, data
-
-
-def open_again(cfg: RunConfig, dp_size: int, left_out: list[tuple[int, int]]) -> RunData:
-    """The run's data as it is from the newest checkpoint on, or from the beginning."""
-    return open_data(cfg, *saved_position(cfg.run_dir / "checkpoints"), dp_size, left_out)
-
-
-def saved_position(checkpoints: Path) -> tuple[dict[str, Any] | None, int]:
-    """Data cursor and step of the newest checkpoint; None and 0 where there is none or it is damaged (resume tells)."""
-    steps = committed_steps(checkpoints)
-    if not steps:
-        return None, 0
-    try:
-        return read_manifest(checkpoints / f"step-{steps[-1]:08d}").cursor, steps[-1]
-    except CheckpointError:
-        return None, 0
-
-
-def refuse_stop_behind(cfg: RunConfig, saved: list[int]) -> None:
-    """Raise ConfigError where the run is to stop at a step that it has behind it. saved: steps of its checkpoints."""
-    if saved and cfg.train.end <= saved[-1] < cfg.train.steps:
-        raise ConfigError(
-            f"{cfg.run_dir} stands at step {saved[-1]} and train.stop_at={cfg.train.stop_at}; to go on, give a later step "
-            "or leave it out"
-        )
-
-
-def main(argv: list[str]) -> int:
-    args = parse_arguments(argv)
+def main(argv: list[str], command: Command = PRETRAIN) -> int:
+    args = parse_arguments(argv, command)
     begin_logging()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     try:
-        cfg, place, data = check(args)
+        cfg, place, data = check(args, command)
         steps = committed_steps(cfg.run_dir / "checkpoints")
-        if steps and steps[-1] >= cfg.train.steps and Ledger(cfg.run_dir).tells_finished(steps[-1]):
+        if is_finished(cfg):
             if place.rank == 0:
                 print(f"{cfg.run_dir} is finished: {steps[-1]} of {cfg.train.steps} steps; nothing to do")
             return 0
@@ -516,11 +467,11 @@ def main(argv: list[str]) -> int:
         if place.rank == 0:
             prepare_run_dir(cfg, needed_bytes=12 * cfg.model.n_params)  # fp32 weights and two moments
             with sole_writer(cfg.run_dir) as lease:
-                return run(cfg, place, data, lease)
-        return run(cfg, place, data, None)
+                return run(cfg, place, data, lease, command)
+        return run(cfg, place, data, None, command)
     except (ConfigError, DataError, RunDirError, LaunchError, LimitError) as error:
         if local_rank == 0:
-            print(hide(f"pretrain: {error}"), file=sys.stderr)
+            print(hide(f"{command.name}: {error}"), file=sys.stderr)
         return 2
     except Exception as error:  # so that it is in the rank's log, too, and without secrets
         effect = is_effect(error) and log.isEnabledFor(logging.INFO)  # told by the rank that is the cause
@@ -529,7 +480,7 @@ def main(argv: list[str]) -> int:
         return 1
 
 
-def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None) -> int:
+def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None, command: Command = PRETRAIN) -> int:
     with leaving_with_launcher():
         mesh = build_mesh(place, cfg.parallel.timeout_s)
     stop, ledger, left_out = StopFlag(), Ledger(cfg.run_dir), Ledger(cfg.run_dir).left_out()
@@ -541,20 +492,21 @@ def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None) -> int
     try:
         agree_on_start(mesh, cfg, left_out)
         agree_on_folder(mesh, cfg, lease)
+        initial = command.initial(cfg, mesh) if never_saved(cfg, mesh) else None
         watch = Watchdog(mesh, cfg.parallel.timeout_s, stop, tell)
         try:
-            engine = build_engine(cfg, mesh)
+            engine = build_engine(cfg, mesh, command)
             mesh.set_timeout(cfg.parallel.timeout_s + max(ALLOWANCE_S.values()) + WATCHED_S)
             while True:
                 try:
-                    code = train(cfg, data, engine, ledger, stop, lease, watch)
+                    code = train(cfg, command, data, engine, initial, ledger, stop, lease, watch)
                     watch.close()
                     mesh.barrier()  # the store may end with rank 0's process
                     return code
                 except Rewind as back:  # as if it had been stopped there and started again
                     log.warning("%s; going back to the newest checkpoint", back)
                     left_out.append(back.samples)
-                    data = open_again(cfg, mesh.dp_size, left_out)
+                    data = open_again(cfg, mesh.dp_size, left_out, command)
         except Exception as error:
             alike = isinstance(error, ALIKE)
             if watch.starting:  # train tells of the rest

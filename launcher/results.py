@@ -57,7 +57,8 @@ def _draw(board_dir: Path, results: list[Path]) -> None:
 
 
 def _scalars(found: dict[str, Any]) -> dict[str, float]:
-    several = found["sources"] if len(found["sources"]) > 1 else {}
+    sources = found.get("sources", {})  # of text
+    several = sources if len(sources) > 1 else {}
     values = {f"evaluate/{key}": value for key, value in found["overall"].items()}
     values |= {f"evaluate/loss_{source}": of_source["loss"] for source, of_source in several.items()}
     return {tag: value for tag, value in values.items() if not isinstance(value, str)}

@@ -14,14 +14,16 @@ from data.dataset import Dataset, open_valid, reading
 from data.errors import DataError
 from data.lanes import Stream
 from data.loader import Loader
+from data.row_loader import RowLoader
 from data.store import is_url
 from data.stream import StreamLoader, check_lanes, fingerprint
 from data.tokenizer import Tokenizer, load_tokenizer
-from launcher.config import ConfigError, RunConfig
+from launcher.config import ConfigError, FinetuneConfig, RunConfig
+from launcher.held_out import score_names
 from launcher.run_dir import Ledger
 from parallel.mesh import Mesh
 
-AnyLoader = Loader | StreamLoader
+AnyLoader = Loader | StreamLoader | RowLoader
 
 
 class RunData(ABC):
@@ -40,6 +42,10 @@ class RunData(ABC):
     @abstractmethod
     def shares(self, sample: int) -> dict[str, float]:
         """What part of the training text comes from each source of valid, at a sample of the run."""
+
+    def scores(self) -> list[str]:
+        """Names of what an evaluation measures; empty where nothing is held out."""
+        return score_names(self.valid)
 
     @abstractmethod
     def announce(self, samples: int) -> tuple[list[str], list[str]]:
@@ -214,6 +220,8 @@ def _check_vocabulary(cfg: RunConfig, tokenizer: Tokenizer) -> None:
         raise ConfigError(
             f"model.vocab_size={ours} is smaller than the vocabulary of {where}, {theirs}; set it to {theirs} or more"
         )
+    if isinstance(cfg, FinetuneConfig):
+        return  # how much larger it is was decided by who made the origin
     if ours > theirs and (ours % 64 or ours - theirs >= 256):
         raise ConfigError(
             f"model.vocab_size={ours} is larger than the vocabulary of {where}, {theirs}; set it to {theirs}, "

@@ -4,27 +4,38 @@ The bytes are written by parallel/checkpoint_writer.py, in the format of paralle
 """
 
 import logging
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor
 
-from launcher.config import RunConfig
+from launcher.config import EvalConfig, RunConfig
 from launcher.lease import Lease, LeaseLost
 from launcher.read_log import ReadLog
 from launcher.redaction import hide
 from launcher.run_data import AnyLoader
 from launcher.run_dir import Ledger
 from model.init import initial_values
-from parallel.checkpoint import CheckpointError, Manifest, ZeroMoments, newest_good
+from parallel.checkpoint import CheckpointError, Manifest, ZeroMoments, committed_steps, newest_good
 from parallel.checkpoint_writer import CheckpointWriter, Outcome
 from parallel.engine import Engine
+from parallel.mesh import Mesh
 from parallel.replicas import check_replicas
 
 log = logging.getLogger(__name__)
 
 CLOSE_S = 60.0  # for the save under way when a run breaks; another rank may be gone that it waits for
+
+
+@dataclass(frozen=True)
+class Initial:
+    """What a run begins with."""
+
+    read: Callable[[str, tuple[int, ...], int, int], Tensor]  # (name, whole shape, start, stop) -> (stop - start,) fp32
+    told: tuple[str, ...] = ()  # lines that say where it is from
 
 
 @dataclass
@@ -38,26 +49,73 @@ class Progress:
     skipped_in_a_row: int = 0
     losses: list[float] = field(default_factory=list)  # of the last good steps: what the next are judged by
     grad_norms: list[float] = field(default_factory=list)
+    best: float | None = None  # of eval.keep_best, at any evaluation so far
+    best_step: int = 0
+    since_best: int = 0  # evaluations
+
+    def note_score(self, scores: dict[str, float], cfg: EvalConfig) -> None:
+        """Heed an evaluation of this step: the best one is kept and counted from. One that could not be made is none."""
+        if cfg.keep_best is None or (score := scores.get(cfg.keep_best)) is None:
+            return
+        if math.isfinite(score) and (
+            self.best is None or (score < self.best if cfg.lower_is_better else score > self.best)
+        ):
+            self.best, self.best_step, self.since_best = score, self.step, 0
+        else:
+            self.since_best += 1
+
+    def at_end(self, cfg: RunConfig) -> bool:
+        """Whether no step is to come: all were made, or eval.patience is at its end."""
+        patience = cfg.eval.patience
+        return self.step >= cfg.train.steps or (patience is not None and self.since_best >= patience)
+
+    def best_of(self, cfg: EvalConfig) -> dict[str, Any]:
+        """What the end of a run says of its best checkpoint, and of why it has not all its steps."""
+        if cfg.keep_best is None or self.best is None:
+            return {}
+        told: dict[str, Any] = {"best_step": self.best_step, "best_score": self.best, "best_by": cfg.keep_best}
+        if cfg.patience is not None and self.since_best >= cfg.patience:
+            told["ended_by"] = f"eval.patience: {cfg.keep_best} was not better in {self.since_best} evaluations"
+        return told
 
 
-def resume(cfg: RunConfig, engine: Engine) -> tuple[Progress, dict[str, Any] | None]:
+def fresh_weights(cfg: RunConfig, mesh: Mesh) -> Initial:
+    """Of a model that has learned nothing: a function of run.seed."""
+    return Initial(lambda name, shape, start, stop: initial_values(name, shape, cfg.model, cfg.run.seed, start, stop))
+
+
+def never_saved(cfg: RunConfig, mesh: Mesh) -> bool:
+    """Whether a run begins at its first step, as rank 0 sees it."""
+    if mesh.rank == 0:
+        saved = bool(committed_steps(cfg.run_dir / "checkpoints")) or Ledger(cfg.run_dir).saved_step() > 0
+        return bool(mesh.broadcast(not saved))
+    return bool(mesh.broadcast(None))
+
+
+def resume(cfg: RunConfig, engine: Engine, initial: Initial | None) -> tuple[Progress, dict[str, Any] | None]:
     """Load the newest good checkpoint, or initial weights if there was none; returns progress and data cursor.
+
+    initial: None where the run has saved.
 
     Raises CheckpointError, on all ranks, where the run has saved and nothing of it can be loaded.
     """
     reader = newest_good(cfg.run_dir / "checkpoints", engine.mesh)
     if reader is None:
         ledger = Ledger(cfg.run_dir)
-        if saved := engine.mesh.broadcast(ledger.saved_step() if engine.mesh.rank == 0 else None):
+        saved = engine.mesh.broadcast(ledger.saved_step() if engine.mesh.rank == 0 else None)
+        if saved or initial is None:
             raise CheckpointError(
                 f"{cfg.run_dir / 'checkpoints'} has no checkpoint, yet {ledger.path} tells of one of step {saved}. Restore "
                 "it (or mount what it is on), or start a new run under another run.name"
             )
 
-        def weights(name: str, first: int, stop: int) -> Tensor:
-            return initial_values(name, engine.shapes[name], cfg.model, cfg.run.seed, first, stop)
-
-        engine.load_state(ZeroMoments(weights), adam_steps=0)
+        source = ZeroMoments(lambda name, start, stop: initial.read(name, engine.shapes[name], start, stop))
+        engine.load_state(source, adam_steps=0)
+        check_replicas(engine)
+        if (wrong := engine.differs_from(source)) is not None:
+            raise CheckpointError(f"after the load {wrong}; this is a defect of Longhaul or of the installed DeepSpeed")
+        for line in initial.told:
+            log.info("%s", line)
         return Progress(), None
     reader.check_shapes(engine.shapes)
     manifest = reader.manifest
@@ -70,9 +128,10 @@ class Saves:
     """The checkpoints that one start of a run writes. All ranks make the same calls."""
 
     def __init__(
-        self, cfg: RunConfig, engine: Engine, loader: AnyLoader, reads: ReadLog, ledger: Ledger, lease: Lease | None
-    ) -> None:
-        """lease: of rank 0, None on the others."""
+        self, cfg: RunConfig, engine: Engine, loader: AnyLoader, reads: ReadLog, ledger: Ledger, lease: Lease | None,
+        best_step: int = 0,
+    ) -> None:  # fmt: skip
+        """lease: of rank 0, None on the others.    best_step: of the best checkpoint so far."""
         self._cfg, self._engine, self._loader = cfg, engine, loader
         self._reads, self._ledger, self._lease = reads, ledger, lease
         self._writer = CheckpointWriter(
@@ -81,6 +140,7 @@ class Saves:
             cfg.checkpoint,
             on_done=self._tell,
             before_commit=self._before_commit,
+            best_step=best_step,
         )
         self._known_failures = self._retry_step = 0
 
@@ -108,8 +168,9 @@ class Saves:
             self._known_failures, self._retry_step = failures, step + self._cfg.checkpoint.retry_every
             self._check_finite()
 
-    def due(self, step: int) -> bool:
-        return step % self._cfg.checkpoint.every == 0 or step == self._retry_step
+    def due(self, progress: Progress) -> bool:
+        step = progress.step
+        return step % self._cfg.checkpoint.every == 0 or step in (self._retry_step, progress.best_step)
 
     def begin(self, progress: Progress) -> float:
         """Begin to write a checkpoint. Returns the seconds that training waited: for a copy in host memory.

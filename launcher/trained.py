@@ -11,10 +11,20 @@ from torch import Tensor
 
 from data.fast_tokenizer import before_text, load_exported
 from data.tokenizer import Tokenizer
-from launcher.config import RunConfig, validate
+from launcher.config import FinetuneConfig, RunConfig, validate
+from launcher.task_config import ClassifyTask, TagTask
+from model.classifier import Classifier
+from model.hf import LabelHead
 from model.hf_folder import DTYPES, is_hf_folder, read_config, read_model
 from model.transformer import Transformer
 from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps, faults, folder_name
+
+
+def build_model(cfg: RunConfig) -> Transformer:
+    """The model that a run of this config trains; its parameters have no values."""
+    if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ClassifyTask | TagTask):
+        return Classifier(cfg.model, len(cfg.task.labels))
+    return Transformer(cfg.model)
 
 
 @dataclass(frozen=True)
@@ -37,19 +47,29 @@ class Checkpoint:
         """Elements [start, stop) of a flattened parameter, fp32."""
         return self.reader.read(name, "weight", start, stop)
 
+    @property
+    def label_head(self) -> LabelHead | None:
+        """What it has in place of a head for tokens."""
+        task = self.cfg.task if isinstance(self.cfg, FinetuneConfig) else None
+        return (
+            LabelHead(tuple(task.labels), isinstance(task, TagTask))
+            if isinstance(task, ClassifyTask | TagTask)
+            else None
+        )
+
     def model(self, rounded_to: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32) -> Transformer:
         """The model in eval mode, computing in `dtype` with weights that were rounded to `rounded_to` before."""
-        model = Transformer(self.cfg.model).to(dtype)
+        model = build_model(self.cfg).to(dtype)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(self.reader.tensor(name).to(rounded_to))
         return model.eval()
 
 
-def open_checkpoint(run_dir: Path, step: int | None, fall_back: bool = False) -> Checkpoint:
+def open_checkpoint(run_dir: Path, step: int | None, fall_back: bool = False, hashed: bool = True) -> Checkpoint:
     """A checkpoint of a run, every file of it compared with its hash. Nothing in the run's folder is changed.
 
-    step: its step; None: the newest, or with fall_back the newest that is whole.
+    step: its step; None: the newest, or with fall_back the newest that is whole.    hashed: False compares sizes alone.
     Raises CheckpointError where there is none or it is damaged, ConfigError where its config cannot be used.
     """
     folder = run_dir / "checkpoints"
@@ -65,7 +85,7 @@ def open_checkpoint(run_dir: Path, step: int | None, fall_back: bool = False) ->
     passed_over: list[str] = []
     for candidate in reversed(steps if step is None else [step]):
         path = folder / folder_name(candidate)
-        if not (wrong := faults(path)):
+        if not (wrong := faults(path, hashed=hashed)):
             reader = CheckpointReader(path)
             cfg = validate(reader.manifest.config, str(path / "manifest.json"))
             return Checkpoint(run_dir, reader, cfg, tuple(passed_over))

@@ -35,13 +35,14 @@ from typing import IO, NoReturn
 
 import torch
 
+from data.errors import DataError
 from launcher.compare import Difference, Finding, audit_run, compare, first_difference
-from launcher.config import ConfigError, RunConfig, load_config
+from launcher.config import ConfigError, FinetuneConfig, RunConfig
+from launcher.origin import load_recipe
 from launcher.redaction import hide
-from launcher.run_dir import Ledger
+from launcher.run_dir import Ledger, RunDirError
 from parallel.checkpoint import committed_steps
 
-PRETRAIN = Path(__file__).with_name("pretrain.py")
 BIN = Path(sys.executable).parent  # deepspeed, torchrun and python of this environment
 MARKER = "verify-resume.json"  # in a folder that this program has made
 TOKEN = "LONGHAUL_VERIFY_RESUME"  # environment variable by which the processes of a start are found
@@ -97,9 +98,10 @@ class Plan:
 
     def command(self, name: str) -> list[str]:
         ours = {"run.folder": json.dumps(str(self.scratch)), "run.name": name, **self.overrides}
+        script = "finetune.py" if isinstance(self.cfg, FinetuneConfig) else "pretrain.py"
         return [
             *self.launch(),
-            os.path.relpath(PRETRAIN),
+            os.path.relpath(Path(__file__).with_name(script)),
             *self.arguments,
             *(f"{key}={value}" for key, value in ours.items()),
         ]
@@ -149,7 +151,7 @@ class Start:
     def last_lines(self) -> str:
         """Of the log: what the training command refused and after it, else the end."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        refused = next((i for i, line in enumerate(lines) if line.startswith("pretrain: ")), len(lines))
+        refused = next((i for i, line in enumerate(lines) if line.startswith(("pretrain: ", "finetune: "))), len(lines))
         shown = lines[refused : refused + SHOWN_LINES] or lines[-SHOWN_LINES:]
         return "\n".join(f"  | {hide(line)}" for line in shown)
 
@@ -364,7 +366,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Everything that can be refused before anything is started. Raises ConfigError or VerifyError."""
-    cfg = load_config(args.config, args.overrides)
+    cfg = load_recipe(args.config, args.overrides)
     if not LEAST_STEPS <= args.steps <= cfg.train.steps:
         raise VerifyError(
             f"--steps {args.steps} with train.steps={cfg.train.steps}; expected {LEAST_STEPS} to {cfg.train.steps}"
@@ -456,7 +458,7 @@ def main(argv: list[str]) -> int:
             except BaseException:
                 shutil.rmtree(plan.scratch, ignore_errors=True)
                 raise
-    except (ConfigError, VerifyError) as error:
+    except (ConfigError, DataError, RunDirError, VerifyError) as error:
         print(hide(f"verify_resume: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

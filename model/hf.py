@@ -33,6 +33,28 @@ class Rule:
         return tuple(part.contiguous() for part in stacked.chunk(len(self.ours)))
 
 
+@dataclass(frozen=True)
+class LabelHead:
+    """A head for labels where a language model has one for tokens: model/classifier.py's, in transformers' terms."""
+
+    labels: tuple[str, ...]
+    per_token: bool  # a label for each token; else one for the text, of its last token
+
+    @property
+    def task(self) -> str:
+        return "ForTokenClassification" if self.per_token else "ForSequenceClassification"
+
+    def shapes(self, d_model: int) -> dict[str, torch.Size]:
+        """Of its parameters. Ours have no bias; transformers' heads for tokens have one, which is 0 then."""
+        n = len(self.labels)
+        weight = {"score.weight": torch.Size([n, d_model])}
+        return weight | {"score.bias": torch.Size([n])} if self.per_token else weight
+
+    def rules(self, family: str) -> list[Rule]:
+        name = "classifier" if self.per_token and family == "GPT-2" else "score"
+        return [Rule(ours.replace("score", name), (ours,)) for ours in self.shapes(1)]
+
+
 _QKV = ("blocks.*.attn.wq", "blocks.*.attn.wk", "blocks.*.attn.wv")
 
 _GPT2_RULES = (
@@ -83,14 +105,18 @@ _LLAMA_RULES = (  # Qwen3 has the same names and adds q_norm and k_norm
 _NOT_PARAMETERS = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")
 
 
-def weight_rules(cfg: ModelConfig) -> list[Rule]:
+def weight_rules(cfg: ModelConfig, head: LabelHead | None = None) -> list[Rule]:
     """The rules for this model, one for each tensor there, layers filled in; a tied head has none.
+
+    head: in place of the one for tokens.
 
     An exporter or a loader that goes tensor by tensor walks this list. Raises ValueError as to_hf_config does.
     """
     family = _family(cfg)
     with torch.device("meta"):
         ours = {name for name, _ in Transformer(cfg).named_parameters()}
+    if head is not None:
+        ours.discard("head.weight")
     rules = []
     for rule in _GPT2_RULES if family == "GPT-2" else _LLAMA_RULES:
         for layer in range(cfg.n_layers) if "*" in rule.hf else (0,):
@@ -98,7 +124,7 @@ def weight_rules(cfg: ModelConfig) -> list[Rule]:
             if ours.issuperset(names):
                 rules.append(Rule(rule.hf.replace("*", str(layer)), names, rule.conv1d))
     assert ours == {name for rule in rules for name in rule.ours}, "a parameter of the model has no rule"
-    return rules
+    return rules + (head.rules(family) if head is not None else [])
 
 
 def to_hf_state(cfg: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -201,6 +227,16 @@ def _family(cfg: ModelConfig) -> str:
             message += "; dropout plays no part outside training: convert cfg.model_copy(update={'dropout': 0.0})"
         raise ValueError(message)
     return family
+
+
+def with_labels(config: PreTrainedConfig, head: LabelHead) -> PreTrainedConfig:
+    """The config of a language model as that of the architecture with this head."""
+    config.architectures = [re.sub("LMHeadModel$|ForCausalLM$", head.task, name) for name in config.architectures or []]
+    config.id2label = dict(enumerate(head.labels))
+    config.label2id = {label: number for number, label in enumerate(head.labels)}
+    if not head.per_token:
+        config.problem_type = "single_label_classification"
+    return config
 
 
 def to_hf_config(cfg: ModelConfig, **token_ids: int) -> PreTrainedConfig:

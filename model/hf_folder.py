@@ -4,6 +4,7 @@ Tensors are written a block of elements at a time, so that the memory needed doe
 transformers keeps transposed (GPT-2's Conv1D) is held whole while it is turned.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -13,10 +14,14 @@ from typing import Any
 
 import safetensors
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
@@ -26,11 +31,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from model.config import ModelConfig
-from model.hf import Rule, from_hf_config, from_hf_state, to_hf_config, weight_rules
+from model.hf import LabelHead, Rule, from_hf_config, from_hf_state, to_hf_config, weight_rules, with_labels
 from model.transformer import Transformer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt"]  # of a model of the hub
 BLOCK = 2**20  # elements of a tensor that are converted and written at a time: 4 MiB of fp32
 MOST_SUPPRESSED = 4096  # ids that a generation_config lists one by one
 
@@ -88,16 +94,22 @@ class Entry:
                 yield rounded
 
 
-def plan_files(cfg: ModelConfig, dtype: torch.dtype, shard_bytes: int) -> dict[str, list[Entry]]:
+def plan_files(
+    cfg: ModelConfig, dtype: torch.dtype, shard_bytes: int, head: LabelHead | None = None
+) -> dict[str, list[Entry]]:
     """The weight files and what each holds: at most shard_bytes, or one tensor that is larger. A tied head is in none.
+
+    head: in place of the one for tokens.
 
     Raises ValueError as to_hf_config does.
     """
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Transformer(cfg).named_parameters()}
+    if head is not None:
+        shapes |= head.shapes(cfg.d_model)
     groups: list[list[Entry]] = []
     room = 0
-    for rule in weight_rules(cfg):
+    for rule in weight_rules(cfg, head):
         entry = Entry(rule, tuple(shapes[name] for name in rule.ours), dtype)
         if not groups or entry.n_bytes > room:
             groups.append([])
@@ -148,22 +160,55 @@ def _header(entries: list[Entry]) -> bytes:
 
 
 def write_configs(
-    folder: Path, cfg: ModelConfig, dtype: torch.dtype, bos_id: int, eos_id: int, pad_id: int, n_known: int
+    folder: Path,
+    cfg: ModelConfig,
+    dtype: torch.dtype,
+    bos_id: int,
+    eos_id: int,
+    pad_id: int,
+    n_known: int,
+    head: LabelHead | None = None,
 ) -> str:
-    """config.json and generation_config.json. Returns the name of the architecture.
+    """config.json, and generation_config.json of what generates. Returns the name of the architecture.
 
     n_known: ids that the tokenizer knows; the rows of the model beyond them can never be generated.
     """
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
     config = to_hf_config(cfg, **ids)
+    if head is not None:
+        config = with_labels(config, head)
     config.dtype = dtype
     config.save_pretrained(folder)
+    if head is not None:
+        return str(config.architectures[0])
     beyond = list(range(n_known, cfg.vocab_size))
     GenerationConfig(**ids, **({"suppress_tokens": beyond} if beyond else {})).save_pretrained(folder)
     return str(config.architectures[0])
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def fetch(name: str) -> Path:
+    """The folder of a model of the hub, ORG/NAME or ORG/NAME@REVISION: of the local cache, else downloaded.
+
+    Weights that are not safetensors, and code, are not fetched. Raises ValueError where it cannot be had.
+    """
+    repository, _, revision = name.partition("@")
+    try:
+        for local in (True, False):
+            with contextlib.suppress(LocalEntryNotFoundError):
+                found = snapshot_download(
+                    repository, revision=revision or None, allow_patterns=FETCHED, local_files_only=local
+                )
+                if not local or (Path(found) / WEIGHTS).is_file() or (Path(found) / INDEX).is_file():
+                    return Path(found)
+        raise ValueError("it is not in the local cache, and the hub cannot be reached")
+    except (OSError, ValueError, HFValidationError) as error:
+        raise ValueError(
+            f"hf://{name} cannot be had: {error}. Where there is a network: hf download {repository} --local-dir FOLDER; "
+            "then name the folder"
+        ) from None
 
 
 def is_hf_folder(folder: Path) -> bool:
@@ -183,29 +228,45 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from None
 
 
-def read_model(folder: Path, cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
-    """Our model with the folder's weights, in eval mode. cfg: read_config of it.
+def read_state(folder: Path, cfg: ModelConfig) -> dict[str, Tensor]:
+    """The folder's weights by our names, as they are there. cfg: read_config of it.
 
     Raises ValueError where they are no safetensors, cut short, or do not fit the config.
     """
     state: dict[str, Tensor] = {}
-    for name in _weight_files(folder):
+    for name in weight_files(folder):
         try:
-            state |= {key: tensor.to(dtype) for key, tensor in load_file(folder / name).items()}
+            state |= load_file(folder / name)
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{folder / name} cannot be read: {error}; fetch or export the folder again") from None
-    with torch.device("meta"):
-        model = Transformer(cfg)
     try:
-        model.load_state_dict(from_hf_state(cfg, state), assign=True)  # the tensors themselves: no copy
+        ours = from_hf_state(cfg, state)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{folder}: {error}") from None
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Transformer(cfg).named_parameters()}
+    if other := sorted(name for name, shape in shapes.items() if ours[name].shape != shape):
+        name = other[0]
+        raise ValueError(
+            f"{folder}: size mismatch for {name}: {tuple(ours[name].shape)}, its {CONFIG} says {tuple(shapes[name])}; fetch "
+            "or export the folder again"
+        )
+    return ours
+
+
+def read_model(folder: Path, cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Our model with the folder's weights, in eval mode. cfg: read_config of it. Raises ValueError as read_state does."""
+    state = {name: tensor.to(dtype) for name, tensor in read_state(folder, cfg).items()}
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    model.load_state_dict(state, assign=True)  # the tensors themselves: no copy
     if cfg.tie_embeddings:
         model.head.weight = model.embed.weight
     return model.eval()
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files. Raises ValueError where there are none, or the index is damaged."""
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
     if not (folder / INDEX).is_file():
@@ -224,13 +285,20 @@ def _weight_files(folder: Path) -> list[str]:
 # -- as transformers computes it ---------------------------------------------------------------------------------------
 
 
-def logits_of_transformers(folder: Path, windows: list[Tensor]) -> list[Tensor]:
+def logits_of_transformers(folder: Path, windows: list[Tensor], head: LabelHead | None = None) -> list[Tensor]:
     """What AutoModelForCausalLM makes of windows (T,): logits (T, V) each, computed in fp32 from the folder's weights.
 
+    head: as AutoModelForTokenClassification, (T, L), or as AutoModelForSequenceClassification, (1, L): then the windows
+    are read as one batch, the shorter ones padded, as their users will.
     Raises ValueError where it does not find every tensor, or finds others.
     """
     transformers_logging.disable_progress_bar()
-    model, info = AutoModelForCausalLM.from_pretrained(
+    kinds = {
+        None: AutoModelForCausalLM,
+        True: AutoModelForTokenClassification,
+        False: AutoModelForSequenceClassification,
+    }
+    model, info = kinds[None if head is None else head.per_token].from_pretrained(
         folder,
         dtype=torch.float32,
         local_files_only=True,
@@ -240,5 +308,11 @@ def logits_of_transformers(folder: Path, windows: list[Tensor]) -> list[Tensor]:
     )
     if wrong := {kind: sorted(map(str, found)) for kind, found in info.items() if found}:
         raise ValueError(f"transformers does not take the folder {folder} as it is: {wrong}")
+    model.eval()
     with torch.inference_mode():
-        return [model.eval()(window.unsqueeze(0)).logits[0] for window in windows]
+        if head is None or head.per_token:
+            return [model(window.unsqueeze(0)).logits[0] for window in windows]
+        pad = model.config.pad_token_id
+        ids = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True, padding_value=pad)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(window) for window in windows], batch_first=True)
+        return list(model(input_ids=ids, attention_mask=mask).logits.unsqueeze(1))

@@ -42,7 +42,7 @@ def initial_values(
         return _constant(1.0, stop - start)
     if kind == "weight" and layer in ("wo", "w_down"):
         return _normal(name, numel, seed, start, stop, residual_init_std(cfg))
-    if kind == "weight" and layer in ("embed", "pos_embed", "head", "wq", "wk", "wv", "w_gate", "w_up"):
+    if kind == "weight" and layer in ("embed", "pos_embed", "head", "score", "wq", "wk", "wv", "w_gate", "w_up"):
         return _normal(name, numel, seed, start, stop, cfg.init_std)
     raise ValueError(
         f"no initial values are defined for the parameter {name!r}; "

@@ -228,8 +228,10 @@ def _not_read(file: Path, error: OSError) -> CheckpointError:
     )
 
 
-def faults(path: Path, part: int = 0, parts: int = 1) -> list[str]:
+def faults(path: Path, part: int = 0, parts: int = 1, hashed: bool = True) -> list[str]:
     """What is wrong with a committed checkpoint, checking every `parts`-th file by size and hash; empty when nothing.
+
+    hashed: False leaves the hash out.
 
     Raises UnreadableError where that cannot be told.
     """
@@ -246,7 +248,7 @@ def faults(path: Path, part: int = 0, parts: int = 1) -> list[str]:
             size = file.stat().st_size
             if size != entry["bytes"]:
                 wrong.append(f"{file}: {size} bytes, the manifest says {entry['bytes']}")
-            elif (found := file_hash(file)) != entry["xxh3"]:
+            elif hashed and (found := file_hash(file)) != entry["xxh3"]:
                 wrong.append(f"{file}: xxh3 {found}, the manifest says {entry['xxh3']}")
         except OSError as error:
             if isinstance(gone := _not_read(file, error), UnreadableError):
@@ -279,7 +281,7 @@ def newest_good(folder: Path, mesh: "Mesh") -> CheckpointReader | None:
     for step in reversed(steps):
         path = folder / folder_name(step)
         _wait_until_seen(path, mesh)
-        if not (wrong := _faults_together(path, mesh)):
+        if not (wrong := faults_together(path, mesh)):
             reader = _open_together(path, mesh)
             if mesh.rank == 0 and (
                 more := sorted({p.name for p in path.iterdir()} - {"manifest.json", *reader.manifest.files})
@@ -299,7 +301,7 @@ def newest_good(folder: Path, mesh: "Mesh") -> CheckpointReader | None:
     return None
 
 
-def _faults_together(path: Path, mesh: "Mesh") -> list[str]:
+def faults_together(path: Path, mesh: "Mesh") -> list[str]:
     """What all ranks together find wrong, each with its part of the files; the same, or the same error, on every rank."""
     wrong, unreadable = [], ""
     try:

@@ -71,6 +71,7 @@ class CheckpointWriter:
 
     on_done: called in the thread, on every rank, when a save has ended.    before_commit: called in it on every rank,
     before it writes and again before the commit; raises OSError where this job must not write, or cannot.
+    best_step: of the best checkpoint so far, which always stays; a later one is known by `best_step` of its own totals.
     """
 
     def __init__(
@@ -80,11 +81,13 @@ class CheckpointWriter:
         cfg: CheckpointConfig,
         on_done: Callable[[Outcome], None] = lambda outcome: None,
         before_commit: Callable[[], None] = lambda: None,
+        best_step: int = 0,
     ) -> None:
         self.folder, self.cfg = folder, cfg
         self.failures = 0  # saves that have failed so far, as far as this rank knows
         self._mesh, self._on_done, self._before_commit = mesh.in_background(), on_done, before_commit
         self._key, self.committed_step = mesh.broadcast((secrets.token_hex(4), max(committed_steps(folder), default=0)))
+        self._best_step = best_step
         self._verified = self.committed_step  # the resume has compared it with its hashes, as nobody has the later ones
         self._copy: dict[str, torch.Tensor] = {}  # kept between saves: new memory costs more than the copy
         self._thread: threading.Thread | None = None
@@ -153,9 +156,11 @@ class CheckpointWriter:
             if first:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
+        if manifest.totals.get("best_step") == manifest.step:
+            self._best_step = manifest.step
         if first:
             try:
-                retire(self.folder, self.cfg, stay=frozenset([self._verified]))
+                retire(self.folder, self.cfg, stay=frozenset([self._verified, self._best_step]))
             except OSError as error:  # on this rank alone: the save has not failed for it
                 log.warning("old checkpoints in %s are not removed for now: %s", self.folder, error)
         return n_bytes

@@ -28,6 +28,8 @@ from parallel.state import EXP_AVG, EXP_AVG_SQ, WEIGHT, Fragment, StateSource
 
 log = logging.getLogger(__name__)
 
+COMPARED = 2**22  # elements of a weight that are compared at a time
+
 
 @dataclass(frozen=True)
 class UpdateResult:
@@ -144,6 +146,33 @@ class Engine:
             state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), float(adam_steps))
         self._refresh_model()
         self._set_loss_scaler(loss_scaler)
+
+    @torch.no_grad()
+    def differs_from(self, source: StateSource) -> str | None:
+        """Which weight that the model computes with is not what `source` says, rounded to its format; None for none.
+
+        All ranks get the same answer. It looks at what a forward pass reads, which is not what load_state sets; of what
+        ranks hold alike (ZeRO 0 to 2) each looks at its part, and parallel/replicas.py compares the rest.
+        """
+        wrong = None
+        for name, p in self.parameters.items():
+            for start, here in self._computing(name, p):
+                for at in range(0, here.numel(), COMPARED):
+                    part = here[at : at + COMPARED]
+                    said = source.read(name, WEIGHT, start + at, start + at + part.numel())
+                    if wrong is None and not torch.equal(said.to(part.device, part.dtype), part):
+                        wrong = f"the model's {name} is not what was loaded, on rank {self.mesh.rank}"
+        return next(filter(None, self.mesh.gather(wrong)), None)
+
+    def _computing(self, name: str, p: Any) -> Iterator[tuple[int, Tensor]]:
+        """Stretches, (place of the first element, 1-D), of the memory that a forward pass takes a parameter from."""
+        n, rank, size = math.prod(self.shapes[name]), self.mesh.dp_rank, self.mesh.dp_size
+        start, stop = n * rank // size, n * (rank + 1) // size
+        if p.numel() == n:  # whole here: always but under ZeRO 3, where small ones are
+            yield start, p.detach().view(-1)[start:stop]
+        if self.zero_stage == 3:
+            start = min(p.partition_numel() * rank, n)
+            yield start, p.ds_tensor.detach().view(-1)[: n - start]  # the last is padded
 
     @property
     def adam_steps(self) -> int:

@@ -226,7 +226,7 @@ class Alone:
         pass
 
 
-def read_as_a_start_does(cfg, place, data, lease):
+def read_as_a_start_does(cfg, place, data, lease, command):
     """What a run reads before its first step, in place of pretrain.run."""
     Ledger(cfg.run_dir).events()
     reader = newest_good(cfg.run_dir / "checkpoints", Alone())

@@ -125,23 +125,26 @@ def test_the_ranks_get_their_command_word_for_word(tmp_path, variant):
     for name, body in programs.items():
         (bin_dir / name).write_text(f"#!/bin/bash\n{body}\n")
         (bin_dir / name).chmod(0o755)
-    text = script(cfg, run_dir=run_dir, python=str(bin_dir / "python")).replace("/tmp/s p", str(tmp_path / "s p"))
+    command = "finetune" if cfg.launch == "deepspeed" else "pretrain"
+    text = script(cfg, run_dir=run_dir, python=str(bin_dir / "python"), command=command).replace(
+        "/tmp/s p", str(tmp_path / "s p")
+    )
     env = {"PATH": f"{bin_dir}:/usr/bin:/bin", "SLURM_NODEID": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "7"}
     done = subprocess.run(
         ["bash", "-c", f'exec 3>{tmp_path}/outer; eval "$0"', text], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    pretrain = [str(ROOT / "launcher/pretrain.py"), "--config=r.yaml", "run.name=it's"]
+    program = [str(ROOT / f"launcher/{command}.py"), "--config=r.yaml", "run.name=it's"]
     preflight, ranks = (line.rstrip("|").split("|") for line in done.stdout.splitlines())
     assert preflight[:2] == [str(ROOT / "launcher/preflight.py"), f"--folder={run_dir}"]
     assert preflight[2:] == ([f"--folder={tmp_path / 's p'}"] if cfg.scratch else [])
     if cfg.launch == "deepspeed":
         assert ranks == [
             "-m", "deepspeed.launcher.runner", "--hostfile", str(run_dir / "hostfile"), "--no_ssh", "--node_rank", "1",
-            "--master_addr", "n1", "--master_port", "7", *pretrain,
+            "--master_addr", "n1", "--master_port", "7", *program,
         ]  # fmt: skip
     else:
-        assert ranks == pretrain
+        assert ranks == program
     if variant == "apptainer":
         outer = (tmp_path / "outer").read_text().rstrip("|").split("|")
         assert outer[:7] == ["inside", "exec", "--nv", "--bind", "/a b:/c", "my image.sif", "python"]

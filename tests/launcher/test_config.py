@@ -2,16 +2,20 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
-from launcher.config import ConfigError, contradictions, load_config, to_yaml
+from launcher.config import ConfigError, OriginConfig, contradictions, load_config, to_yaml
+from launcher.origin import load_finetune_config
+from launcher.trained import build_model
 from model.transformer import Transformer
 from parallel.deepspeed_config import check_passthrough
 
 RECIPES = sorted(Path("configs").glob("*.yaml"))
+FINETUNE_RECIPES = sorted(Path("configs/finetune").glob("*.yaml"))
 
 GOOD = """
 run: {name: x}
@@ -38,6 +42,22 @@ def test_every_recipe_loads_and_its_model_can_be_built(path):
 
 def test_the_recipes_are_found():
     assert len(RECIPES) >= 9
+    assert len(FINETUNE_RECIPES) >= 2
+
+
+@pytest.mark.parametrize("path", FINETUNE_RECIPES, ids=lambda p: p.name)
+def test_every_fine_tuning_recipe_loads_and_its_model_can_be_built(path, monkeypatch):
+    """With the run that `make pretrain` leaves in the place of whatever it begins with."""
+    model = load_config("configs/embedded.yaml", []).model
+    identity = OriginConfig(step=600, digest="", tokenizer="", model=model)
+    tokenizer = SimpleNamespace(folder=Path("runs/embedded/tokenizer"))
+    origin = SimpleNamespace(identity=lambda: identity, tokenizer=tokenizer)
+    monkeypatch.setattr("launcher.origin.open_origin", lambda init, step: origin)
+    cfg = load_finetune_config(str(path), [f"run.folder={path}"])  # where no run is
+    assert cfg.data.tokenizer.path == "runs/embedded/tokenizer"
+    assert cfg.init.startswith("runs/")
+    with torch.device("meta"):
+        build_model(cfg)
 
 
 def test_the_resolved_config_loads_as_itself(recipe, tmp_path):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.metrics import MetricsLog, describe
-from launcher.pretrain import command
+from launcher.pretrain import typed_as
 from launcher.read_log import ReadLog, read_records
 from launcher.run_dir import Ledger, RunDirError
 
@@ -113,6 +113,6 @@ def test_a_program_is_named_so_that_it_can_be_typed(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(own / "python"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(other))
-    assert command("python") == "own/python"
+    assert typed_as("python") == "own/python"
     monkeypatch.setenv("PATH", str(own))
-    assert command("python") == "python"
+    assert typed_as("python") == "python"

@@ -189,7 +189,7 @@ def test_a_run_on_a_prepared_corpus_does_not_go_on_with_a_stream(capsys, corpus,
     recipe = write_stream_recipe(tmp_path, corpus)
     cfg = load_config(str(recipe), ["data.stream=null"])
     cursor = Dataset.open(cfg.data, cfg.model.seq_len).cursor(8)
-    monkeypatch.setattr(pretrain, "saved_position", lambda _: (cursor, 1))
+    monkeypatch.setattr("launcher.start.saved_position", lambda _: (cursor, 1))
     assert "the data cursor is not one of a stream" in refused(capsys, recipe)
 
 

@@ -221,7 +221,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
     tensors = load_file(folder / WEIGHTS)
     with pytest.raises(ValueError, match=f"{folder}: the Hugging Face Qwen3 state does not match .*missing"):
         read_model(folder, from_hf_config(qwen3(tie_word_embeddings=False)))
-    with pytest.raises(ValueError, match=rf"(?s){folder}: Error.*\ssize mismatch for embed.weight"):
+    with pytest.raises(ValueError, match=rf"{folder}: size mismatch for embed.weight: \(71, 32\)"):
         read_model(folder, from_hf_config(llama(vocab_size=72)))
     save_file({**tensors, "extra": torch.zeros(1)}, folder / WEIGHTS)
     with pytest.raises(ValueError, match=r"unexpected \['extra'\]"):

@@ -1,0 +1,359 @@
+"""What a fine-tuning begins with: a run's checkpoint, read without its engine, or a Hugging Face folder.
+
+Model and tokenizer are the origin's. Every weight of the new run is either the origin's, element by element whatever
+topology wrote it, or named as new; what the new model has no place for is named as dropped. Both are allowed for heads
+alone, so that no weight stays at random values unseen. Once the run has begun its origin is not needed any more.
+"""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+from pydantic import ValidationError
+from torch import Tensor
+
+from data.errors import DataError
+from data.fast_tokenizer import load_exported
+from data.hf_tokenizer import HuggingFaceTokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
+from launcher.config import (
+    ConfigError,
+    FinetuneConfig,
+    OriginConfig,
+    RunConfig,
+    is_finetune,
+    load_config,
+    read_recipe,
+    validate,
+)
+from launcher.run_dir import RunDirError, read_saved_config
+from launcher.saving import Initial
+from launcher.trained import build_model, open_checkpoint
+from model.config import ModelConfig
+from model.hf_folder import CONFIG, fetch, is_hf_folder, read_config, read_state, weight_files
+from model.init import initial_values
+from parallel.checkpoint import CheckpointError, body_hash, faults_together, file_hash
+
+if TYPE_CHECKING:
+    from parallel.mesh import Mesh  # which costs DeepSpeed; launcher/prepare.py does without
+
+HUB = "hf://"  # before the name of a model of the hub
+HEAD = "head.weight"  # which a model with labels has no place for
+NEW = "score."  # with which the names of a head for labels begin
+MAY_DIFFER = ("dropout", "seq_len")  # of the model section; seq_len where positions are rotary
+
+
+class Origin(ABC):
+    """A trained model, before any of its weights is read."""
+
+    place: Path
+    model: ModelConfig
+    step: int | None
+    shapes: dict[str, tuple[int, ...]]  # of every weight
+
+    @cached_property
+    @abstractmethod
+    def digest(self) -> str: ...
+
+    @cached_property
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer: ...
+
+    @abstractmethod
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a flattened weight, 1-D fp32."""
+
+    @abstractmethod
+    def faults(self, mesh: "Mesh") -> list[str]:
+        """What all ranks together find damaged; empty when nothing."""
+
+    def identity(self) -> OriginConfig:
+        return OriginConfig(step=self.step, digest=self.digest, tokenizer=self.tokenizer.fingerprint, model=self.model)
+
+    def __str__(self) -> str:
+        return str(self.place) if self.step is None else f"{self.place}@{self.step}"
+
+
+class RunOrigin(Origin):
+    """A checkpoint of a run."""
+
+    def __init__(self, place: Path, step: int | None) -> None:
+        """Raises ConfigError where it cannot be used; hashes are compared later, by all ranks."""
+        try:
+            self._checkpoint = open_checkpoint(place, step, hashed=False)
+        except CheckpointError as error:
+            raise ConfigError(
+                f"init: {error}".replace("choose another with --step", "name another as init: RUN@STEP")
+            ) from None
+        manifest = self._checkpoint.reader.manifest
+        self.place, self.step, self.model = place, manifest.step, self._checkpoint.cfg.model
+        self.shapes = {name: tuple(shape) for name, shape in manifest.shapes.items()}
+
+    @cached_property
+    def digest(self) -> str:
+        raw = json.loads((self._checkpoint.reader.path / "manifest.json").read_text(encoding="utf-8"))
+        return body_hash({key: value for key, value in raw.items() if key != "xxh3"})
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return self._checkpoint.tokenizer()
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        return self._checkpoint.read_weight(name, start, stop)
+
+    def faults(self, mesh: "Mesh") -> list[str]:
+        return faults_together(self._checkpoint.reader.path, mesh)
+
+
+class FolderOrigin(Origin):
+    """A folder of Hugging Face's."""
+
+    step = None
+
+    def __init__(self, place: Path) -> None:
+        """Raises ConfigError where it cannot be used."""
+        self.place = place
+        _refuse_remote_code(place)
+        try:
+            self.model = read_config(place)
+            self._state = read_state(place, self.model)  # mapped into memory, not read yet
+        except ValueError as error:
+            raise ConfigError(f"init: {error}") from None
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+        if self.model.tie_embeddings:
+            del self.shapes[HEAD]  # which is embed.weight
+        if self.tokenizer.vocab_size > self.model.vocab_size:
+            raise ConfigError(
+                f"init: the tokenizer of {place} has {self.tokenizer.vocab_size} ids, its {CONFIG} says vocab_size="
+                f"{self.model.vocab_size}; they are not of one model"
+            )
+
+    @cached_property
+    def digest(self) -> str:
+        names = [CONFIG, *weight_files(self.place)]
+        return xxhash.xxh3_128_hexdigest(json.dumps({name: file_hash(self.place / name) for name in names}).encode())
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_exported(self.place)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        return self._state[name].reshape(-1)[start:stop].float()
+
+    def faults(self, mesh: "Mesh") -> list[str]:
+        return []  # there is no hash to compare with but the digest
+
+
+def open_origin(init: str, step: int | None = None) -> Origin:
+    """What `init` names.    step: of a run, where init names none. Raises ConfigError or DataError."""
+    if init.startswith(HUB):
+        try:
+            return FolderOrigin(fetch(init.removeprefix(HUB)))
+        except ValueError as error:
+            raise ConfigError(f"init: {error}") from None
+    place, found = Path(init), re.fullmatch(r"(.+)@(\d+)", init)
+    if found and not place.exists():
+        place, step = Path(found[1]), int(found[2])
+    if (place / "checkpoints").is_dir():
+        return RunOrigin(place, step)
+    if is_hf_folder(place):
+        if found and step is not None and not Path(init).exists():
+            raise ConfigError(f"init={init}: {place} is a Hugging Face folder and has no steps; leave @{step} out")
+        return FolderOrigin(place)
+    near = sorted(
+        str(path.parent) for path in (place.parent if place.parent.is_dir() else Path("runs")).glob("*/checkpoints")
+    )
+    raise ConfigError(
+        f"init={init} is neither a run's folder (with checkpoints/) nor a Hugging Face folder (with {CONFIG}); runs there: "
+        f"{', '.join(near) or 'none'}. A model of the hub is {HUB}ORG/NAME"
+    )
+
+
+def _refuse_remote_code(place: Path) -> None:
+    try:
+        asks = json.loads((place / CONFIG).read_bytes()).get("auto_map")
+    except (OSError, ValueError, AttributeError):
+        return  # read_config tells
+    if asks:
+        raise ConfigError(
+            f"init: {place / CONFIG} demands code of its own (auto_map), which is never run; its weights may mean something "
+            "else to it"
+        )
+
+
+# -- the config ---------------------------------------------------------------------------------------------------------
+
+
+def load_recipe(path: str, overrides: list[str]) -> RunConfig:
+    """The config of either kind of recipe. Raises ConfigError, DataError."""
+    return (load_finetune_config if is_finetune(read_recipe(path, overrides)) else load_config)(path, overrides)
+
+
+def load_finetune_config(path: str, overrides: list[str]) -> FinetuneConfig:
+    """A recipe of a fine-tuning, with what comes from its origin put in: model, tokenizer, identity.
+
+    Once the run has a folder they come from there. Raises ConfigError, DataError or RunDirError.
+    """
+    raw = read_recipe(path, overrides)
+    init = raw.get("init")
+    if not is_finetune(raw):
+        raise ConfigError(
+            f"{path} has no init and no task, so it is of a pretraining: start it with launcher/pretrain.py"
+        )
+    if not isinstance(init, str) or not init:
+        raise ConfigError(f"{path}: init: got {init!r}; expected runs/NAME, runs/NAME@STEP or a Hugging Face folder")
+    saved = _saved_beside(raw)
+    if saved is not None and saved.get("init") == init:
+        try:
+            origin = OriginConfig.model_validate(saved["origin"])
+            tokenizer = saved["data"]["tokenizer"]
+        except (ValidationError, KeyError, TypeError) as error:
+            raise RunDirError(f"the run's config.yaml does not say what it began with ({error}); restore it") from None
+    else:
+        opened = open_origin(
+            init, (raw.get("origin") or {}).get("step") if isinstance(raw.get("origin"), dict) else None
+        )
+        origin, kind = opened.identity(), opened.tokenizer
+        tokenizer = {
+            "kind": "huggingface" if isinstance(kind, HuggingFaceTokenizer) else "sentencepiece",
+            "path": str(kind.folder),
+        }
+    _put_in(raw, path, origin, tokenizer)
+    cfg = validate(raw, path)
+    assert isinstance(cfg, FinetuneConfig)
+    return cfg
+
+
+def _saved_beside(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """The config of the run's folder, where the recipe says which that is and it is there."""
+    run = raw.get("run")
+    if not isinstance(run, dict) or not isinstance(run.get("name"), str):
+        return None  # validate tells
+    return read_saved_config(Path(str(run.get("folder", "runs"))) / run["name"])
+
+
+def _put_in(raw: dict[str, Any], path: str, origin: OriginConfig, tokenizer: dict[str, Any]) -> None:
+    """Complete a recipe with what its origin says. Raises ConfigError where the two contradict each other."""
+    wrong, theirs = [], origin.model.model_dump(mode="json")
+    given = raw.get("model") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path}: model: got {type(given).__name__}; expected keys such as dropout, or none at all")
+    for key, value in given.items():
+        allowed = key in MAY_DIFFER and not (key == "seq_len" and origin.model.positions == "learned")
+        if key in theirs and not allowed and value != theirs[key]:
+            wrong.append(f"  model.{key}: got {value!r}, and {raw['init']} has {theirs[key]!r}; leave it out")
+    before = raw.get("origin")
+    if before is not None and before != (found := origin.model_dump(mode="json")):
+        differ = sorted(k for k in found if not isinstance(before, dict) or before.get(k) != found[k])
+        wrong.append(
+            f"  origin: {raw['init']} is not what it was: another {', '.join(differ)}; restore it, or leave origin out"
+        )
+    if wrong:
+        raise ConfigError(f"{path}: {len(wrong)} wrong\n" + "\n".join(wrong))
+    raw["model"], raw["origin"] = theirs | given, origin.model_dump(mode="json")
+    data = raw.setdefault("data", {})
+    if isinstance(data, dict) and "tokenizer" not in data:
+        data["tokenizer"] = tokenizer
+
+
+def refuse_other_tokenizer(cfg: FinetuneConfig, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError where the data's tokenizer is not the origin's."""
+    if tokenizer.fingerprint != cfg.origin.tokenizer:
+        data = cfg.data
+        where = (
+            f"data.corpus={data.corpus}" if data.stream is None else f"data.stream.tokenizer={data.stream.tokenizer}"
+        )
+        raise ConfigError(
+            f"{where} has the tokenizer {tokenizer.fingerprint}, {cfg.init} was trained with {cfg.origin.tokenizer}, to "
+            "which other ids mean other text; prepare a corpus for it: launcher/prepare.py with this recipe takes "
+            "the origin's tokenizer, if data.tokenizer is left out"
+        )
+
+
+def tokenizer_of(cfg: FinetuneConfig) -> Tokenizer:
+    """The origin's, from the run's own folder once it has begun. Raises DataError or ConfigError."""
+    own = cfg.run_dir / "tokenizer"
+    tokenizer = load_tokenizer(own) if own.is_dir() else open_origin(cfg.init, cfg.origin.step).tokenizer
+    if tokenizer.fingerprint != cfg.origin.tokenizer:
+        raise DataError(
+            f"{tokenizer.folder} has the tokenizer {tokenizer.fingerprint}, the run began with {cfg.origin.tokenizer}; "
+            "restore it"
+        )
+    return tokenizer
+
+
+# -- weights ------------------------------------------------------------------------------------------------------------
+
+
+def origin_weights(cfg: FinetuneConfig, mesh: "Mesh") -> Initial:
+    """The weights that a fine-tuned run begins with. All ranks call it.
+
+    Raises ConfigError, on all of them, where the origin is damaged, or another than the config's, or a weight of the new
+    model would have no value.
+    """
+    opened, wrong = None, ""
+    try:
+        opened = open_origin(cfg.init, cfg.origin.step)
+        if opened.digest != cfg.origin.digest:
+            wrong = (
+                f"{opened} is not what the run is to begin with: its digest is {opened.digest}, not {cfg.origin.digest}"
+            )
+    except (ConfigError, DataError, OSError) as error:
+        wrong = f"rank {mesh.rank}: {error}"
+    if told := next(filter(None, mesh.gather(wrong)), None):
+        raise ConfigError(told)
+    assert opened is not None
+    try:
+        damaged = opened.faults(mesh)
+    except CheckpointError as error:  # the same on every rank
+        raise ConfigError(f"init={cfg.init}: {error}") from None
+    if damaged:
+        raise ConfigError(f"init={cfg.init}: {opened} is damaged: {damaged[0]}; name another as init: RUN@STEP")
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in build_model(cfg).named_parameters()}
+    new, dropped = match(shapes, opened)
+    return Initial(_reader(cfg, opened, new), tuple(_told(shapes, opened, new, dropped)))
+
+
+def match(shapes: dict[str, tuple[int, ...]], origin: Origin) -> tuple[list[str], list[str]]:
+    """Names of weights of a model that are new, and of the origin's that it has no place for.
+
+    shapes: of the model. Raises ConfigError where others than heads would be either.
+    """
+    new, dropped = sorted(shapes.keys() - origin.shapes.keys()), sorted(origin.shapes.keys() - shapes.keys())
+    other = [name for name in shapes.keys() & origin.shapes.keys() if shapes[name] != origin.shapes[name]]
+    wrong = [f"{name} has no value in it" for name in new if not name.startswith(NEW)]
+    wrong += [f"its {name} has no place in the model" for name in dropped if name != HEAD]
+    wrong += [f"its {name} is {origin.shapes[name]}, the model's {shapes[name]}" for name in sorted(other)]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ConfigError(
+            f"{origin} is not of the model that this task needs: {'; '.join(wrong[:3])}{more}. A head for labels begins new "
+            "from a language model, or from one with the same labels; nothing else may be missing"
+        )
+    return new, dropped
+
+
+def _reader(cfg: FinetuneConfig, origin: Origin, new: list[str]) -> Callable[[str, tuple[int, ...], int, int], Tensor]:
+    def read(name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        if name in new:
+            return initial_values(name, shape, cfg.model, cfg.run.seed, start, stop)
+        return origin.read(name, start, stop)
+
+    return read
+
+
+def _told(shapes: dict[str, tuple[int, ...]], origin: Origin, new: list[str], dropped: list[str]) -> list[str]:
+    count = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name not in new)
+    lines = [f"loaded {len(shapes) - len(new)} tensors, {count:,} numbers, from {origin} (digest {origin.digest})"]
+    if new:
+        lines.append(f"  new, with values drawn: {', '.join(f'{name} {shapes[name]}' for name in new)}")
+    if dropped:
+        lines.append(f"  dropped: {', '.join(f'{name} {origin.shapes[name]}' for name in dropped)}")
+    return lines

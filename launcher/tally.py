@@ -1,0 +1,110 @@
+"""What a fine-tuned model makes of held-out examples, counted: numbers that add up over ranks, and scores of them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.loader import IGNORE
+from data.row_loader import RowSet, eval_rows
+from launcher.held_out import bits_per_byte, perplexity, sum_losses
+from launcher.scores import (
+    Counts,
+    accuracy,
+    all_kinds,
+    by_kind,
+    by_label,
+    confusion_of,
+    entity_counts,
+    kinds_of,
+    macro_f1,
+)
+from launcher.task_config import ChatTask, TagTask
+from launcher.task_examples import Task
+from launcher.task_report import confusion_table, score_table
+
+
+class Tally(NamedTuple):
+    """What was counted on some rows; counts of ranks add up."""
+
+    nats: float
+    targets: int
+    confusion: Counts  # (L, L) rows true, columns predicted; (0, 0) of conversations
+    entities: Counts  # (kinds, 3) right, predicted, true; (0, 3) where tags name no entities
+
+    def flatten(self) -> list[float]:
+        return [self.nats, float(self.targets), *map(float, self.confusion.ravel()), *map(float, self.entities.ravel())]
+
+    def unflatten(self, flat: list[float]) -> "Tally":
+        """The tally of the same shapes with these numbers."""
+        counts = np.rint(flat[2:]).astype(np.int64)
+        n = self.confusion.size
+        return Tally(
+            flat[0],
+            round(flat[1]),
+            counts[:n].reshape(self.confusion.shape),
+            counts[n:].reshape(self.entities.shape),
+        )
+
+    def values(self, task: Task, rows: RowSet) -> dict[str, float]:
+        loss = self.nats / max(1, self.targets)
+        if isinstance(task, ChatTask):
+            of_text = bits_per_byte(loss, rows.n_bytes / max(1, self.targets))
+            return {"loss/valid": loss, "loss/valid_perplexity": perplexity(loss), "loss/valid_bits_per_byte": of_text}
+        found = {"loss/valid": loss, "valid/accuracy": accuracy(self.confusion)}
+        if len(self.entities):
+            kinds, micro = kinds_of(task.labels), all_kinds(self.entities)
+            found |= {f"valid/entity_{name}": getattr(micro, name) for name in ("precision", "recall", "f1")}
+            scores = zip(kinds, by_kind(self.entities), strict=True)
+            return found | {f"valid/entity_f1_{kind}": score.f1 for kind, score in scores}
+        found["valid/f1"] = macro_f1(self.confusion)
+        scores = zip(task.labels, by_label(self.confusion), strict=True)
+        return found | {f"valid/f1_{label}": score.f1 for label, score in scores}
+
+    def text(self, task: Task) -> str:
+        """Tables for people; "" of conversations."""
+        if isinstance(task, ChatTask):
+            return ""
+        tables = [score_table("label", dict(zip(task.labels, by_label(self.confusion), strict=True)))]
+        if len(self.entities):
+            scores = dict(zip(kinds_of(task.labels), by_kind(self.entities), strict=True))
+            tables.insert(0, score_table("entity", {**scores, "all": all_kinds(self.entities)}))
+        return "\n\n".join([*tables, confusion_table(task.labels, self.confusion)])
+
+
+def count(
+    model: Callable[..., Tensor],
+    task: Task,
+    rows: RowSet,
+    batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    device: torch.device | str,
+    enter: Callable[[str], None] = lambda phase: None,
+) -> Tally:
+    """One rank's part. model: gives logits of tokens (B, T), or of conversations the summed loss.
+
+    Every rank makes the same number of forward passes.
+    """
+    batches = eval_rows(rows, batch_size, dp_rank, dp_size)
+    nothing = np.zeros((0, 3), dtype=np.int64)
+    if isinstance(task, ChatTask):
+        sums = sum_losses(model, (batch for _, batch in batches), device, lambda: enter("evaluation"))
+        return Tally(sums.nats, sums.targets, np.zeros((0, 0), dtype=np.int64), nothing)
+    kinds = kinds_of(task.labels) if isinstance(task, TagTask) else []
+    nats, true, predicted, entities = 0.0, list[int](), list[int](), np.zeros((len(kinds), 3), dtype=np.int64)
+    for _, (tokens, targets, _) in batches:
+        enter("evaluation")
+        log_probs = torch.log_softmax(model(tokens.to(device)).float(), dim=-1).cpu()  # (B, T, L)
+        for row, row_targets in zip(log_probs, targets, strict=True):
+            counted = row_targets != IGNORE
+            labels = row_targets[counted]
+            nats -= row[counted].gather(1, labels.unsqueeze(1)).double().sum().item()
+            theirs, ours = labels.tolist(), row[counted].argmax(dim=-1).tolist()
+            true.extend(theirs)
+            predicted.extend(ours)
+            if kinds and theirs:
+                entities += entity_counts([task.labels[at] for at in theirs], [task.labels[at] for at in ours], kinds)
+    return Tally(nats, len(true), confusion_of(true, predicted, len(task.labels)), entities)

@@ -1,0 +1,39 @@
+"""The examples of a task: read from its files and encoded, whatever its kind."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from data.chat import encode_conversations, open_template, read_conversations
+from data.classify import encode_examples
+from data.examples import read_examples, read_sentences
+from data.records import RecordError
+from data.row_loader import RowSet
+from data.tag import encode_sentences
+from data.tokenizer import Tokenizer
+from launcher.task_config import ChatTask, ClassifyTask, TagTask
+
+Task = ChatTask | ClassifyTask | TagTask
+
+
+def read_task(task: Task, paths: list[str]) -> list[Any]:
+    """The examples of files. Raises DataError, with file and line, for the first that cannot be used."""
+    if isinstance(task, ClassifyTask):
+        found: list[Any] = read_examples(task, paths)
+    elif isinstance(task, TagTask):
+        found = read_sentences(task, paths)
+    else:
+        found = read_conversations(task, paths)
+    if not found:
+        raise RecordError(
+            f"{', '.join(paths)}: there is no example in it; name files with examples in the task section"
+        )
+    return found
+
+
+def encode_task(task: Task, examples: Sequence[Any], tokenizer: Tokenizer, seq_len: int) -> RowSet:
+    """Examples as rows of at most seq_len tokens. Raises DataError for one that is too long."""
+    if isinstance(task, ClassifyTask):
+        return encode_examples(examples, tokenizer, seq_len, task)
+    if isinstance(task, TagTask):
+        return encode_sentences(examples, tokenizer, seq_len, task)
+    return encode_conversations(examples, open_template(task.template, tokenizer), seq_len, task.too_long)

@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,7 +27,7 @@ from parallel.speed import Meeting, devices, matmul_tflops, memory_gib
 WRITE_BYTES = 2**24
 # Of the time there is, when each round of pairs must be over: who waits for a dead neighbour is back before the next ends.
 ROUNDS_END = (0.6, 0.75, 0.9)
-POLL_S = 0.2
+POLL_S, MARGIN_S = 0.2, 2.0
 
 
 class Report:
@@ -123,7 +124,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         told = {"name": str(device), "free_gib": free, "whole_gib": whole, "tflops": matmul_tflops(device)}
         report.tell(devices=[*report.values["devices"], told])
     report.tell(pairs={})
-    nodes = args.nodes.split(",")
+    nodes, stuck = args.nodes.split(","), ""
     mine = nodes.index(report.node)
     for number, pairs in enumerate(rounds(len(nodes))):
         for pair in pairs:
@@ -131,9 +132,14 @@ def measure(args: argparse.Namespace, report: Report) -> None:
                 other, first = nodes[sum(pair) - mine], mine == pair[0]
                 report.tell(doing=f"an all-reduce with {other}")
                 until = begin + ROUNDS_END[number] * args.within_s
-                told = _or_error(partial(all_reduces, report, meeting, other, first, str(number), until))
+                told = {"skipped": f"it still waits for {stuck}"}
+                if not stuck:
+                    told = _answered(partial(all_reduces, report, meeting, other, first, str(number), until), until)
+                    stuck = other if told.get("stuck") else ""
                 report.tell(pairs={**report.values["pairs"], other: told})
     report.tell(doing="")
+    if stuck:
+        os._exit(0)  # there is no end to what it waits in
 
 
 def all_reduces(report: Report, meeting: Meeting, other: str, first: bool, name: str, until: float) -> dict[str, Any]:
@@ -155,6 +161,15 @@ def _or_error(do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return do()
     except (OSError, RuntimeError) as error:
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"}
+
+
+def _answered(do: Callable[[], dict[str, Any]], until: float) -> dict[str, Any]:
+    """What it tells; `stuck` where it does not end, though its own limits are over: gloo meeting a stopped process."""
+    box: list[dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: box.append(_or_error(do)), daemon=True)
+    thread.start()
+    thread.join(max(0.0, until - time.monotonic()) + MARGIN_S)
+    return box[0] if box else {"error": "TimeoutError: it stopped answering", "stuck": thread.is_alive()}
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """Which nodes are good, by what they told; and what a node tells when its neighbours are silent."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from cluster.preflight import PreflightError, judge, measure, telling_the_time
 from cluster.records import note
 from launcher import preflight as on_node
 from launcher.preflight import ROUNDS_END, Report, all_reduces, ask_clock, disk, rounds
-from runs import free_port
+from runs import ROOT, environment, free_port
 
 LIMITS = Preflight()
 SLOW = {"gb_s": [1.0, 9.0]}
@@ -166,6 +167,20 @@ def test_a_neighbour_that_never_comes_is_not_waited_for_longer_than_its_round(tm
     assert max(len(rounds(count)) for count in range(1, 70)) == len(ROUNDS_END)
 
 
+def test_who_waits_without_end_goes_on_without_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(on_node, "MARGIN_S", 0.1)
+    release = threading.Event()
+    told = on_node._answered(lambda: {"gb_s": [release.wait()]}, time.monotonic() + 0.2)
+    assert told == {"error": "TimeoutError: it stopped answering", "stuck": True}
+    release.set()
+    assert on_node._answered(lambda: {"gb_s": [1.0]}, time.monotonic() + 60) == {"gb_s": [1.0]}
+    reports = cluster_of(4)
+    reports["n3"]["doing"] = "an all-reduce with n4"
+    reports["n4"]["pairs"] = {"n3": told, "n1": {"skipped": "it still waits for n3"}}
+    reports["n1"]["pairs"]["n4"] = {"error": "TimeoutError: it was not ready in time"}
+    assert judge(reports, "n1", LIMITS, 2).keys() == {"n3"}
+
+
 def test_a_disk_is_written(tmp_path):
     told = disk(tmp_path)
     assert told["free_gb"] > 0
@@ -180,6 +195,40 @@ def test_refused_on_a_node_that_is_not_meant(tmp_path, monkeypatch, capsys):
     options = [f"--out={tmp_path}", "--nodes=n1,n2", "--clock=n1:1", "--within-s=60", "--ports=20000-30000"]
     assert on_node.main(options) == 2
     assert "preflight: this is n3; expected one of --nodes n1,n2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.fault(9)
+def test_four_nodes_measure_each_other_and_one_is_stopped_in_it(tmp_path):
+    """Four processes on this machine. Its neighbours come to an end, and it alone is blamed."""
+    names, port = ["n1", "n2", "n3", "n4"], free_port()
+    (tmp_path / "out").mkdir()
+    options = [f"--out={tmp_path / 'out'}", f"--nodes={','.join(names)}", f"--clock=127.0.0.1:{port}", "--within-s=90",
+               "--ports=20000-30000", f"--folder={tmp_path}"]  # fmt: skip
+    with telling_the_time(port):
+        processes = {
+            name: subprocess.Popen(
+                [sys.executable, "launcher/preflight.py", *options], cwd=ROOT,
+                env=environment(SLURMD_NODENAME=name, GLOO_SOCKET_IFNAME="lo"),
+            )
+            for name in names
+        }  # fmt: skip
+        try:
+            third = tmp_path / "out/n3.json"
+            while not (third.exists() and '"doing": "an all-reduce' in third.read_text()):
+                assert processes["n3"].poll() is None
+            processes["n3"].send_signal(signal.SIGSTOP)
+            assert [processes[name].wait(300) for name in names if name != "n3"] == [0, 0, 0]
+        finally:
+            for process in processes.values():
+                process.kill()
+                process.wait()
+    reports = {name: json.loads((tmp_path / f"out/{name}.json").read_text()) for name in names}
+    wrong = judge(reports, "n1", Preflight(speed=0.0, free_disk_gb=0.0), 0, "lo")
+    assert wrong == {"n3": f"it did not come to an end: {reports['n3']['doing']}"}
+    assert reports["n1"]["devices"][0]["tflops"] > 0
+    assert reports["n1"]["pairs"]["n2"]["gb_s"][0] > 0
 
 
 # What srun stands for here: one task for each node, of which n2 hangs.

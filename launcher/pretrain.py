@@ -19,10 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from launcher.launchers import (
-    leaving_with_launcher,
-    up_s,
-)  # first: it notes who started this rank before torch takes seconds
+from launcher.launchers import leaving_with_launcher, up_s  # first: it notes who started this rank; torch takes seconds
 
 # isort: split
 import torch

@@ -101,6 +101,7 @@ def test_a_node_that_fails_the_preflight(cluster, undisturbed, corpus, tmp_path,
     assert ends[0]["verdict"].endswith(f"requeued, without {bad}")
 
 
+@pytest.mark.long
 @pytest.mark.fault(42)
 def test_too_few_good_nodes(cluster, corpus, tmp_path):
     """No rank starts, nobody is excluded where SLURM has no others, and the job ends after as many tries as are allowed."""

@@ -121,10 +121,10 @@ def test_a_share_that_is_none_is_refused(tmp_path, share):
 @pytest.mark.slow
 @pytest.mark.fault(10)
 def test_a_rank_that_really_is_slow_is_named_by_the_run(corpus, tmp_path):
-    """Rank 1 of two is slow from step 21 to 70; before, and well after, nobody is."""
+    """Rank 1 of two is slow from step 21 to 60; before, and well after, nobody is."""
     recipe, run_dir = write_recipe(tmp_path, corpus), tmp_path / "runs/test"
     options = [
-        "train.steps=140",
+        "train.steps=120",
         "train.global_batch_size=4",
         "log.every=10",
         "log.straggler_share=1.0",
@@ -134,7 +134,7 @@ def test_a_rank_that_really_is_slow_is_named_by_the_run(corpus, tmp_path):
     found = [event for event in Ledger(run_dir).events() if event["event"].startswith("straggler")]
     assert [(event["event"], event["ranks"]) for event in found] == [("straggler", [1]), ("straggler_ended", [1])]
     assert found[0]["step"] == 60
-    assert 110 <= found[1]["step"] < 140
+    assert 100 <= found[1]["step"] <= 120
     assert found[0]["own_s"] > 0.1 > found[0]["median_s"]
     assert (
         len(re.findall(r"step 60  rank 1 on \S+ is slower than the others, which wait: 0\.\d+ s of a step", text)) == 1

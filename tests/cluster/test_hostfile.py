@@ -1,6 +1,8 @@
 """A plain DeepSpeed hostfile over ssh, without SLURM: two hosts with an sshd each, as README says it."""
 
+import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +63,7 @@ def hosts(cluster, tmp_path) -> Iterator[Cluster]:
         yield cluster
     finally:
         for daemon in daemons:
-            daemon.kill()
+            os.killpg(daemon.pid, signal.SIGKILL)  # with what nsenter has started
             daemon.wait()
         cluster.run("umount", "/etc/ssh/ssh_config")
 

@@ -16,7 +16,7 @@ from cluster.goodput import read_status
 from jobs import RUN, output, ranks, reach, records, standing_still, submit
 from launcher import audit
 from runs import assert_same_state, losses, run, torchrun, write_recipe
-from slurm import wait_until
+from slurm import NODES, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -200,6 +200,25 @@ def test_a_slurmd_that_is_killed(cluster, undisturbed, corpus, tmp_path):
     cluster.wait_for(job, "COMPLETED", timeout=300)
     same_as_undisturbed(run_dir, undisturbed)
     assert [begin["restart"] for begin in records(run_dir, "begin")] == [0, 1]
+
+
+@pytest.mark.long
+@pytest.mark.fault(33)
+def test_a_network_that_carries_smaller_packets_from_a_step_on(cluster, undisturbed, corpus, tmp_path):
+    """On both nodes; test_bad_network.py has other ways of a network."""
+    job, run_dir = submit(cluster, tmp_path, corpus, *RUN), tmp_path / "runs/test"
+    reach(cluster, job, run_dir, 5)
+    try:
+        with standing_still(tmp_path):
+            assert len(ranks(tmp_path)) == 2
+            for node in NODES:
+                cluster.run("ip", "-n", node, "link", "set", "eth0", "mtu", "576")
+        cluster.wait_for(job, "COMPLETED", timeout=300)
+    finally:
+        for node in NODES:
+            cluster.run("ip", "-n", node, "link", "set", "eth0", "mtu", "1500")
+    same_as_undisturbed(run_dir, undisturbed)
+    assert len(records(run_dir, "begin")) == 1
 
 
 @pytest.mark.long

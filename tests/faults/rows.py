@@ -46,7 +46,7 @@ ROWS = {
     30: Row("a job that fails at the same step again and again"),
     31: Row("preemption by another job"),
     32: Row("the network is cut"),
-    33: Row("a port is taken"),
+    33: Row("a port is taken; packets lost, late, or smaller ones alone"),
     34: Row("an address that leads nowhere"),
     35: Row("gradients that are not finite, on one rank or on all"),
     36: Row("weights that are not finite when they are to be saved"),

@@ -76,7 +76,7 @@ def tune(args: argparse.Namespace, origin: Path, labels: list[str], seed: int) -
             "label": 1,
         },
         "data": {"seed": seed},
-        "optim": {"lr": args.lr, "warmup_steps": 20},
+        "optim": {"lr": args.lr, "warmup_steps": min(20, args.steps - 1)},
         "parallel": {"precision": "fp32"},
         "train": {"steps": args.steps, "global_batch_size": 32, "micro_batch_size": 32},
         "checkpoint": {"every": args.steps, "keep": 1},

@@ -254,6 +254,7 @@ def test_what_is_refused_before_it_is_queued(corpus, tmp_path, arguments, messag
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_dry_runs_write_nothing(corpus, text_recipe, tmp_path):
     recipe, overrides = text_recipe
     before = sorted(tmp_path.iterdir())

@@ -18,12 +18,11 @@ from launcher.metrics import MetricsLog
 from launcher.origin import load_finetune_config, origin_weights, refuse_other_tokenizer, tokenizer_of
 from launcher.pretrain import leave, main
 from launcher.run_data import RunData, open_data
-from launcher.saving import Initial
 from launcher.start import PRETRAIN, Command
 from launcher.task_config import ChatTask, ClassifyTask, TagTask, TextTask
 from launcher.task_data import open_task_data
 from launcher.task_evaluation import evaluate_task
-from launcher.trained import build_model
+from launcher.trained import Initial, build_model
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 

@@ -33,8 +33,7 @@ from launcher.config import (
     validate,
 )
 from launcher.run_dir import RunDirError, read_saved_config
-from launcher.saving import Initial
-from launcher.trained import build_model, open_checkpoint
+from launcher.trained import Initial, build_model, open_checkpoint
 from model.config import ModelConfig
 from model.hf_folder import CONFIG, fetch, is_hf_folder, read_config, read_state, weight_files
 from model.init import initial_values

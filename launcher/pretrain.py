@@ -40,10 +40,11 @@ from launcher.read_log import ReadLog
 from launcher.redaction import HidingFormatter, hide
 from launcher.run_data import AnyLoader, RunData
 from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, save_config
-from launcher.saving import Initial, Progress, Saves, never_saved, resume
+from launcher.saving import Progress, Saves, never_saved, resume
 from launcher.signals import StopFlag, signal_name
 from launcher.start import PRETRAIN, Command, check, is_finished, open_again, parse_arguments, refuse_stop_behind
 from launcher.stragglers import Stragglers
+from launcher.trained import Initial
 from launcher.watchdog import ALLOWANCE_S, Watchdog, is_effect
 from parallel import device
 from parallel.checkpoint import CheckpointError, committed_steps

@@ -5,12 +5,9 @@ The bytes are written by parallel/checkpoint_writer.py, in the format of paralle
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
-
-from torch import Tensor
 
 from launcher.config import EvalConfig, RunConfig
 from launcher.lease import Lease, LeaseLost
@@ -18,6 +15,7 @@ from launcher.read_log import ReadLog
 from launcher.redaction import hide
 from launcher.run_data import AnyLoader
 from launcher.run_dir import Ledger
+from launcher.trained import Initial
 from model.init import initial_values
 from parallel.checkpoint import CheckpointError, Manifest, ZeroMoments, committed_steps, newest_good
 from parallel.checkpoint_writer import CheckpointWriter, Outcome
@@ -28,14 +26,6 @@ from parallel.replicas import check_replicas
 log = logging.getLogger(__name__)
 
 CLOSE_S = 60.0  # for the save under way when a run breaks; another rank may be gone that it waits for
-
-
-@dataclass(frozen=True)
-class Initial:
-    """What a run begins with."""
-
-    read: Callable[[str, tuple[int, ...], int, int], Tensor]  # (name, whole shape, start, stop) -> (stop - start,) fp32
-    told: tuple[str, ...] = ()  # lines that say where it is from
 
 
 @dataclass

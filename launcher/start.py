@@ -15,7 +15,8 @@ from launcher.limits import allow_files, check_threads
 from launcher.metrics import MetricsLog
 from launcher.run_data import RunData, open_data
 from launcher.run_dir import Ledger, refuse_other_config
-from launcher.saving import Initial, Progress, fresh_weights
+from launcher.saving import Progress, fresh_weights
+from launcher.trained import Initial
 from model.transformer import Transformer
 from parallel.checkpoint import CheckpointError, Manifest, committed_steps, folder_name, read_manifest
 from parallel.deepspeed_config import check_passthrough

@@ -3,6 +3,7 @@ of Hugging Face's.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,14 @@ def build_model(cfg: RunConfig) -> Transformer:
     if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ClassifyTask | TagTask):
         return Classifier(cfg.model, len(cfg.task.labels))
     return Transformer(cfg.model)
+
+
+@dataclass(frozen=True)
+class Initial:
+    """What a run begins with."""
+
+    read: Callable[[str, tuple[int, ...], int, int], Tensor]  # (name, whole shape, start, stop) -> (stop - start,) fp32
+    told: tuple[str, ...] = ()  # lines that say where it is from
 
 
 @dataclass(frozen=True)

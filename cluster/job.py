@@ -174,6 +174,10 @@ def attend(ranks: subprocess.Popen[bytes], run_dir: Path, job: str, lead_s: int,
                 return ranks.wait()
         if now >= look:
             look, left_s = now + LOOK_EVERY_S, job_state(job).left_s
+            if left_s is not None and deadline is None and lead_s > left_s / 2:
+                print(f"job.py: by its last saves the run needs {lead_s} s to save before the time limit, more than half of "
+                      f"the {left_s} s of this start; it is asked at half of them", flush=True)  # fmt: skip
+                lead_s = left_s // 2
             deadline = None if left_s is None else now + left_s - lead_s
         if not asked.why:
             near = deadline is not None and now >= deadline - (GRAIN_S if asked.signal_number else 0)

@@ -5,6 +5,8 @@ import re
 import socket
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -163,3 +165,17 @@ def test_srun_is_not_waited_for_when_the_ranks_have_gone(tmp_path):
     ledger.write_text(ledger.read_text() + '{"event": "failed"}\n')
     assert not silence.too_long(6_000 + job.ENDED_S)
     assert silence.too_long(6_001 + job.ENDED_S)
+
+
+def test_one_slow_save_leaves_half_of_a_start_to_training(tmp_path, monkeypatch, capsys):
+    """Or each start would be asked to stop at once, until ten saves have passed."""
+    monkeypatch.setattr(job, "job_state", lambda _: JobState("RUNNING", "None", 6))
+    asked = SimpleNamespace(why="", signal_number=0)
+    begin = time.monotonic()
+    with subprocess.Popen(["sh", "-c", "trap 'exit 75' USR1; while true; do sleep 0.1; done"]) as ranks:
+        assert job.attend(ranks, tmp_path, "7", 660, asked) == 75
+    assert time.monotonic() - begin >= 3
+    assert asked.why == TIME_LIMIT
+    assert (
+        "needs 660 s to save before the time limit, more than half of the 6 s of this start" in capsys.readouterr().out
+    )

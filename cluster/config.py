@@ -212,6 +212,11 @@ def _judge(cfg: ClusterConfig) -> list[str]:
         wrong.append(
             f"lead_s: got {cfg.lead_s}, and time is {cfg.time}; nothing of a start would be left: lower lead_s"
         )
+    elif cfg.preflight.enabled and seconds <= cfg.lead_s + cfg.preflight.within_s:
+        wrong.append(
+            f"preflight.within_s: got {cfg.preflight.within_s}, lead_s is {cfg.lead_s} and time {cfg.time}; a pre-flight "
+            "that takes its time would leave nothing of a start: lower one of them"
+        )
     for name in cfg.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             wrong.append(f"env.{name}: no name of a variable")

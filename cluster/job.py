@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from cluster.config import Preflight
+from cluster.config import ClusterError, Preflight
 from cluster.nodes import Chosen, Needs, choose, hostnames, on_nodes, requeue, to_exclude, write_hostfile
 from cluster.records import heartbeat, lead_for, note, read_events, saved_step
 from cluster.slurm import JobState, job_state
@@ -174,10 +174,6 @@ def attend(ranks: subprocess.Popen[bytes], run_dir: Path, job: str, lead_s: int,
                 return ranks.wait()
         if now >= look:
             look, left_s = now + LOOK_EVERY_S, job_state(job).left_s
-            if left_s is not None and deadline is None and lead_s > left_s / 2:
-                print(f"job.py: by its last saves the run needs {lead_s} s to save before the time limit, more than half of "
-                      f"the {left_s} s of this start; it is asked at half of them", flush=True)  # fmt: skip
-                lead_s = left_s // 2
             deadline = None if left_s is None else now + left_s - lead_s
         if not asked.why:
             near = deadline is not None and now >= deadline - (GRAIN_S if asked.signal_number else 0)
@@ -289,17 +285,21 @@ def main(argv: list[str]) -> int:
     nodelist = os.environ.get("SLURM_JOB_NODELIST", "")
     note(args.run_dir, "begin", job=job, restart=restart, nodes=nodelist, saved_step=saved_step(before))
     print(f"job.py: job {job}, restart {restart}, on {nodelist}", flush=True)
-    chosen = choose(
-        hostnames(nodelist), args.node_counts, commands[0] if args.preflight else None, args.preflight or Preflight(),
-        Needs(args.devices, args.interface), run_dir=args.run_dir, job=job, restart=restart, place=place, ports=PORTS,
-        stop=lambda: asked.signal_number != 0,
-    )  # fmt: skip
+    try:
+        chosen = choose(
+            hostnames(nodelist), args.node_counts, commands[0] if args.preflight else None, args.preflight or Preflight(),
+            Needs(args.devices, args.interface), run_dir=args.run_dir, job=job, restart=restart, place=place, ports=PORTS,
+            stop=lambda: asked.signal_number != 0,
+        )  # fmt: skip
+    except ClusterError as error:
+        chosen = Chosen([], place, {}, str(error))
     if chosen.used:
         code, end, now = start(
             on_nodes(commands[-1], chosen.used, args.tasks_per_node), chosen, args, job, asked, before
         )
     else:
-        code, end, now = 1, not_started(chosen, asked, saved_step(before)), job_state(job)
+        code, now = 1, job_state(job)
+        end = not_started(chosen, asked, saved_step(before), now, args.lead_s)
     in_vain = 0 if end.progress else starts_in_vain(args.run_dir, job) + (not end.blameless)
     verdict = decide(end, in_vain, args.max_failures, now)
     excluded, exclude = (
@@ -316,7 +316,9 @@ def main(argv: list[str]) -> int:
     return verdict.code
 
 
-def not_started(chosen: Chosen, asked: Asked, saved: int) -> End:
+def not_started(chosen: Chosen, asked: Asked, saved: int, now: JobState, lead_s: int) -> End:
+    if asked.signal_number == signal.SIGUSR1 and now.left_s is not None and now.left_s <= lead_s + GRAIN_S:
+        return End("stopped", f"{TIME_LIMIT}, and the pre-flight had not ended", saved, False)
     if asked.signal_number:
         name = signal.Signals(asked.signal_number).name
         return End("stopped", f"{name} to the job before its ranks were started", saved, False, True)
@@ -333,7 +335,8 @@ def start(
         write_hostfile(args.run_dir / "hostfile", chosen.used, args.slots)
     print(f"job.py: ranks on {','.join(chosen.used)}; the ranks meet at {address}:{port}", flush=True)
     output = output_of_this_start()
-    code = attend(subprocess.Popen(command), args.run_dir, job, lead_for(before, args.lead_s), asked)
+    lead_s = lead_for(before, args.lead_s, job_state(job).left_s)
+    code = attend(subprocess.Popen(command), args.run_dir, job, lead_s, asked)
     now = job_state(job)
     why = TIME_LIMIT if now.reason == "TimeLimit" else asked.why  # which SLURM ends with SIGTERM
     end = judge(code, why, before, read_events(args.run_dir / "ledger.jsonl"), read_output(*output))

@@ -35,9 +35,11 @@ class Chosen:
 
 
 def hostnames(nodelist: str) -> list[str]:
-    """`n[1-2],m1` as SLURM expands it, in its order."""
+    """`n[1-2],m1` as SLURM expands it, in its order. Raises ClusterError."""
     done = ask("scontrol", "show", "hostnames", nodelist)
-    return done.stdout.split() if done.returncode == 0 else nodelist.split(",")
+    if done.returncode:
+        raise ClusterError(f"scontrol show hostnames {nodelist}: {done.stderr.strip()}")
+    return done.stdout.split()
 
 
 def choose(
@@ -57,11 +59,11 @@ def choose(
                 on_nodes(command, nodes, 1), nodes=nodes, run_dir=run_dir, name=f"{job}-{restart}", place=place, ports=ports,
                 limits=limits, stop=stop,
             )  # fmt: skip
+            if stop():
+                return Chosen([], place)
+            wrong = judge(reports, batch_host, limits, *needs)
         except PreflightError as error:
             return Chosen([], place, {}, f"the pre-flight: {error}")
-        if stop():
-            return Chosen([], place)
-        wrong = judge(reports, batch_host, limits, *needs)
     good = [node for node in nodes if node not in wrong]
     count = max((count for count in counts if count <= len(good)), default=0)
     used = good[:count]
@@ -108,17 +110,19 @@ def to_exclude(run_dir: Path, job: str, bad: Collection[str], counts: list[int])
     where it stays as it is.
 
     What another start put there is taken away again: a node is measured anew after one start without it. None is excluded
-    where the partition then had fewer than the least of `counts` others.
+    where the partition then had fewer than the least of `counts` others, nor where the job may not have all of these.
     """
     try:
-        shown = re.search(r"ExcNodeList=(\S+)", ask("scontrol", "show", "job", "-o", job).stdout)
+        told = ask("scontrol", "show", "job", "-o", job).stdout
+        shown = re.search(r"ExcNodeList=(\S+)", told)
         now = set(hostnames(shown[1])) if shown and shown[1] != "(null)" else set()
         others = usable_nodes(os.environ.get("SLURM_JOB_PARTITION", "")) - set(bad)
     except ClusterError:  # SLURM does not answer
         return [], None
     ends = [e for e in read_events(run_dir / "jobs.jsonl") if e["event"] == "end" and e.get("job") == job]
     asked_for = now - set(ends[-1].get("excluded", []) if ends else [])
-    excluded = sorted(bad) if len(others - asked_for) >= min(counts) else []
+    bound = re.search(r"\b(Reservation|Features|ReqNodeList)=(?!\(null\))\S", told)
+    excluded = sorted(bad) if len(others - asked_for) >= min(counts) and not bound else []
     wanted = asked_for | set(excluded)
     return excluded, None if wanted == now else sorted(wanted)
 

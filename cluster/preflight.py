@@ -109,7 +109,10 @@ def telling_the_time(port: int) -> Iterator[None]:
 def judge(
     reports: Reports, batch_host: str, limits: Preflight, devices: int, interface: str | None = None
 ) -> dict[str, str]:
-    """Nodes that are not good, each with what is wrong. devices, interface: what each node must have."""
+    """Nodes that are not good, each with what is wrong. Raises PreflightError where it is no node's fault.
+
+    devices, interface: what each node must have.
+    """
     wrong: dict[str, list[str]] = {node: [] for node in reports}
     heard = {node: report for node, report in reports.items() if not _silent(report)}
     for node, report in reports.items():
@@ -191,6 +194,11 @@ def _reach(heard: Reports, batch_host: str, limits: Preflight) -> dict[str, str]
             alone[node] = "no all-reduce with " + " or ".join(
                 f"{other} ({told['error']})" for other, told in pairs.items()
             )
+    if len(alone) == len(heard) > 2:
+        raise PreflightError(
+            f"none of {len(heard)} nodes could sum with its neighbours, which is no fault of one; is network_interface the "
+            f"right one? {next(iter(alone))}: {next(iter(alone.values()))}"
+        )
     if len(alone) == len(heard):  # nothing tells which: the job's script runs on this one
         alone.pop(batch_host, None)
     return {**alone, **wrong}

@@ -38,7 +38,11 @@ def saved_step(ledger: list[dict[str, Any]]) -> int:
     return next((int(event["step"]) for event in reversed(ledger) if event["event"] == "checkpoint"), 0)
 
 
-def lead_for(ledger: list[dict[str, Any]], least_s: int) -> int:
-    """Seconds before the time limit at which a run must be asked to stop, by how long its last saves took."""
+def lead_for(ledger: list[dict[str, Any]], least_s: int, limit_s: int | None = None) -> int:
+    """Seconds before the time limit at which a run must be asked to stop, by how long its last saves took.
+
+    least_s: what was asked for.    limit_s: of a start, of which half is left to training however long one save took.
+    """
     took = [float(event.get("write_s", 0)) for event in ledger if event["event"] == "checkpoint"][-10:]
-    return max(least_s, MARGIN_S + round(SAVES * max(took))) if took else least_s
+    wanted_s = MARGIN_S + round(SAVES * max(took)) if took else 0
+    return max(least_s, wanted_s if limit_s is None else min(wanted_s, limit_s // 2))

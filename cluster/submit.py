@@ -56,15 +56,18 @@ def submit(args: argparse.Namespace) -> int:
     if args.job != "evaluate" and (args.steps or args.data or args.save):
         raise ClusterError(f"--steps, --data and --save belong to --job evaluate; this is --job {args.job}")
     if args.job != "pretrain":
+        if args.allow_change:
+            raise ClusterError(f"--allow-change belongs to a training; this is --job {args.job}")
         return submit_array(cfg, args)
     arguments = [f"--config={args.config}", *(f"--allow-change={key}" for key in args.allow_change), *args.overrides]
     run = check_all(cfg, args, arguments)
     run_dir = Path(run["run_dir"])
-    lead_s = lead_for(read_events(run_dir / "ledger.jsonl"), cfg.lead_s)
-    if lead_s >= cfg.time_s:
+    ledger = read_events(run_dir / "ledger.jsonl")
+    if (needed_s := lead_for(ledger, cfg.lead_s)) >= cfg.time_s:
         raise ClusterError(
-            f"time: got {cfg.time}; this run's saves need {lead_s} s before its end, so that nothing would be left"
+            f"time: got {cfg.time}; this run's saves need {needed_s} s before its end, so that nothing would be left"
         )
+    lead_s = lead_for(ledger, cfg.lead_s, cfg.time_s)
     text = job_script(
         cfg, name=run["name"], run_dir=run_dir, cwd=Path.cwd(), python=cfg.python or sys.executable,
         arguments=arguments, lead_s=lead_s, node_counts=run["node_counts"], command=run["command"],

@@ -80,7 +80,7 @@ def leaving_with_launcher(launchers: list[Launcher] = STARTED_BY) -> Iterator[No
     def look() -> None:
         while not met.wait(POLL_S):
             if any(launcher.ended() for launcher in launchers):
-                text = "pretrain: the launcher of this rank ended before the ranks had met; nothing was started\n"
+                text = "longhaul: the launcher of this rank ended before the ranks had met; nothing was started\n"
                 with contextlib.suppress(OSError):  # of a pipe whose reader has ended, too
                     os.write(2, text.encode())
                 os._exit(1)

@@ -231,7 +231,7 @@ def test_options_that_do_not_fit(corpus, tmp_path, arguments, message):
     ("arguments", "message"),
     [
         (["--job=prepare", "data.corpus=s3://b/c"], "data.corpus=s3://b/c is a URL, and prepare writes to a folder"),
-        (["--job=prepare", "data.sources=[{kind: text, paths: [/nowhere/*]}]", "data.corpus=/tmp/new"],
+        (["--job=prepare", "data.sources=[{kind: text, paths: [/nowhere/*]}]", "data.corpus=/nowhere/corpus"],
          "'/nowhere/*' matches no file"),
         (["--job=prepare"], "was begun with other options or other text"),
         (["--job=evaluate", "--steps=7,5"], "has no checkpoint of step 7; it has: 5"),

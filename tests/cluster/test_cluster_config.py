@@ -48,6 +48,8 @@ def script(cfg, **changes):
           "network_interface: got 'ib0,ib1'; expected one name", "sbatch: got 'x'; expected an option of sbatch"]),
         ("{nodes: 1, time: '5'}", ["gpus_per_node: got 0 and no tasks_per_node; give one of the two",
                                    "lead_s: got 300, and time is 5; nothing of a start would be left: lower lead_s"]),
+        ("{nodes: 1, gpus_per_node: 1, time: '10'}", [
+            "preflight.within_s: got 300, lead_s is 300 and time 10; a pre-flight that takes its time would leave nothing"]),
         ("{nodes: 1, gpus_per_node: 1, time: '60', container: {kind: docker, imag: x}}",
          ["container.kind: got 'docker'; expected apptainer or pyxis",
           "container.imag: no such key; did you mean container.image?",

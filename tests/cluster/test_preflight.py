@@ -117,6 +117,11 @@ def test_who_is_to_blame_where_nodes_do_not_reach_each_other():
     for node in ("n2", "n3", "n4"):
         reports[node]["clock"] = {"error": "OSError: no route"}
     assert judge(reports, "n1", LIMITS, 2) == {"n1": "3 of 3 other nodes do not reach it: OSError: no route"}
+    reports = cluster_of(4)
+    for told in reports.values():
+        told["pairs"] = dict.fromkeys(told["pairs"], silent)
+    with pytest.raises(PreflightError, match="none of 4 nodes could sum with its neighbours, which is no fault of one"):
+        judge(reports, "n1", LIMITS, 2)
 
 
 def test_the_program_of_most_nodes_is_right_and_of_two_the_batch_host_s():
@@ -325,3 +330,14 @@ def test_who_is_excluded_at_the_requeue(tmp_path, monkeypatch):
     note(tmp_path, "end", job="7", excluded=["n9"])
     assert ask(tmp_path, "7", [], [2]) == ([], ["n8"])
     assert ask(tmp_path, "7", ["n2"], [3]) == (["n2"], ["n2", "n8"])
+    for bound in (
+        "Reservation=big",
+        "Features=ib",
+        "ReqNodeList=n[1-3]",
+    ):  # which of the others it may have is not known
+        answers["scontrol", "show", "job"] = f"JobId=7 ExcNodeList=(null) {bound}"
+        assert ask(tmp_path, "7", ["n2"], [2])[0] == []
+    answers["scontrol", "show", "job"] = (
+        "JobId=7 ExcNodeList=(null) Reservation=(null) Features=(null) ReqNodeList=(null)"
+    )
+    assert ask(tmp_path, "7", ["n2"], [2])[0] == ["n2"]

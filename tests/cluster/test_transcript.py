@@ -41,7 +41,7 @@ def test_one_run_through_everything(cluster, corpus, tmp_path):
     the run has its tokens, every sample was read once, and its losses are an undisturbed run's.
     """
     told, recipe, run_dir = Transcript(cluster), write_recipe(tmp_path, corpus), tmp_path / "runs/test"
-    changes = {"min_nodes": 1, "time": "5", "lead_s": 60, "sbatch": [], "preflight": {}}
+    changes = {"min_nodes": 1, "time": "5", "lead_s": 60, "sbatch": [], "preflight": {"within_s": 60}}
     out = told.type(*submit_command(tmp_path, recipe, *RUN, **changes))
     job = out.split()[2].rstrip(",")
 

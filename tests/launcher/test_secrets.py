@@ -61,7 +61,7 @@ def test_a_run_under_deepspeed(corpus, tmp_path):
 
 @pytest.mark.parametrize(
     ("where", "code"),
-    [("train_step", 1), ("build_mesh", 1), ("check", 1), ("open_data", 2)],
+    [("train_step", 1), ("build_mesh", 1), ("check", 1), ("check", 2)],
 )
 @pytest.mark.fault(53)
 def test_an_error_that_quotes_them(corpus, tmp_path, where, code):

@@ -17,7 +17,7 @@ finetune: pretrain
 	$(BIN)/python launcher/make_examples.py
 	$(BIN)/deepspeed --quiet --num_accelerators $(RANKS) launcher/finetune.py --config configs/finetune/classify.yaml
 	$(BIN)/python launcher/evaluate.py runs/embedded-classify
-	test -e exports/embedded-classify || $(BIN)/python launcher/export.py runs/embedded-classify --output exports/embedded-classify
+	if test -e exports/embedded-classify; then echo 'exports/embedded-classify is there; remove it to have it made again'; else $(BIN)/python launcher/export.py runs/embedded-classify --output exports/embedded-classify; fi
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -rs

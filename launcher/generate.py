@@ -95,7 +95,8 @@ def main(argv: list[str]) -> int:
             return 0
         if isinstance(trained.model, Classifier):
             raise ValueError(
-                f"{args.model} gives labels and no text; see launcher/evaluate.py {args.model} --data FILE"
+                f"{args.model} gives labels and no text; launcher/evaluate.py {args.model} --data FILE scores it, and its "
+                "export labels texts by transformers' pipeline"
             )
         prompts = [trained.prompt_ids(prompt) for prompt in args.prompt]
         if len(prompts) == 1:

@@ -222,6 +222,7 @@ def load_finetune_config(path: str, overrides: list[str]) -> FinetuneConfig:
         tokenizer = {
             "kind": "huggingface" if isinstance(kind, HuggingFaceTokenizer) else "sentencepiece",
             "path": str(kind.folder),
+            "vocab_size": kind.vocab_size,
         }
     _put_in(raw, path, origin, tokenizer)
     cfg = validate(raw, path)
@@ -253,11 +254,16 @@ def _put_in(raw: dict[str, Any], path: str, origin: OriginConfig, tokenizer: dic
         wrong.append(
             f"  origin: {raw['init']} is not what it was: another {', '.join(differ)}; restore it, or leave origin out"
         )
+    data = raw.setdefault("data", {})
+    own = data.get("tokenizer") if isinstance(data, dict) else None
+    for key, value in own.items() if isinstance(own, dict) else ():
+        if value != tokenizer.get(key):
+            has = f"has {tokenizer[key]!r}" if key in tokenizer else "has one already"
+            wrong.append(f"  data.tokenizer.{key}: got {value!r}, and {raw['init']} {has}; leave it out")
     if wrong:
         raise ConfigError(f"{path}: {len(wrong)} wrong\n" + "\n".join(wrong))
     raw["model"], raw["origin"] = theirs | given, origin.model_dump(mode="json")
-    data = raw.setdefault("data", {})
-    if isinstance(data, dict) and "tokenizer" not in data:
+    if isinstance(data, dict) and (own is None or isinstance(own, dict)):  # validate tells of another
         data["tokenizer"] = tokenizer
 
 

@@ -239,6 +239,11 @@ def read_state(folder: Path, cfg: ModelConfig) -> dict[str, Tensor]:
             state |= load_file(folder / name)
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{folder / name} cannot be read: {error}; fetch or export the folder again") from None
+    if heads := sorted(name for name in state if name.startswith(("score.", "classifier."))):
+        raise ValueError(
+            f"{folder} has a head for labels ({', '.join(heads)}), and a language model is expected here; use the run "
+            "that it was exported from, or transformers"
+        )
     try:
         ours = from_hf_state(cfg, state)
     except (ValueError, RuntimeError) as error:

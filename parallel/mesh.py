@@ -209,7 +209,8 @@ def build_mesh(place: Place, timeout_s: int) -> Mesh:
                 f"rank {place.rank} of {place.world_size} did not meet the others at {place.rendezvous} "
                 f"(MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}): "
                 f"{str(error).splitlines()[0]}. Is that host reached from here, its port free, and the network interface "
-                "the right one (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)?"
+                "the right one (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)? A second start on one machine needs a port of "
+                "its own: deepspeed --master_port N, torchrun --standalone"
             ) from error
     else:  # alone: no address to meet at, so no port that could be taken
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

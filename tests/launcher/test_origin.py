@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from data.tokenizer import TokenizerConfig, train
 from exports import change_config, damage, make_run
 from launcher import check as launcher_check
-from launcher import export, finetune, pretrain
+from launcher import export, finetune, prepare, pretrain
 from launcher.config import ConfigError, FinetuneConfig, load_config
 from launcher.finetune import FINETUNE
 from launcher.origin import load_finetune_config, match, open_origin, origin_weights
@@ -202,6 +202,23 @@ def test_a_run_is_judged_before_it_is_queued(made, corpus, tmp_path, capsys):
     assert (judged["command"], judged["finished"]) == ("finetune", False)
     assert launcher_check.main(["--config", recipe, "--ranks", "2", "init=nowhere", "--write-nothing"]) == 2
     assert "init=nowhere is neither a run's folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["made", "folder"])
+def test_a_corpus_of_ones_own_is_prepared_with_the_origins_tokenizer(kind, corpus, tmp_path, request, capsys):
+    """By the recipe as it stands, and not with another, whatever data.tokenizer says."""
+    (tmp_path / "own.txt").write_text("".join(f"Some words of my own, number {i}.\n" for i in range(999)))
+    recipe = write_recipe(tmp_path, request.getfixturevalue(kind), tmp_path / "own")
+    sources = f"data.sources=[{{kind: text, paths: [{tmp_path}/own.txt]}}]"
+    for wrong, told in (
+        ("vocab_size=300", "data.tokenizer.vocab_size: got 300, and "),
+        ("train_bytes=5", "has one already; leave it out"),
+    ):
+        assert prepare.main(["--config", recipe, sources, f"data.tokenizer.{wrong}"]) == 2
+        assert told in "".join(capsys.readouterr())
+    assert prepare.main(["--config", recipe, sources, "data.valid_fraction=0"]) == 0
+    cfg = load_finetune_config(recipe, [sources])
+    assert check_run(cfg, [], 2, FINETUNE).tokenizer.fingerprint == cfg.origin.tokenizer
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(origin, corpus, tmp_path, capsys):

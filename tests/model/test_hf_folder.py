@@ -228,6 +228,17 @@ def test_weights_of_another_model_are_refused(tmp_path):
         read_model(folder, read_config(folder))
 
 
+def test_a_head_for_labels_is_named(tmp_path):
+    folder = write(ours_from(build_hf(llama())), tmp_path / "hf")
+    tensors = load_file(folder / WEIGHTS)
+    tensors["score.weight"] = tensors.pop("lm_head.weight")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"has a head for labels \(score.weight\), and a language model is expected here"
+    ):
+        read_model(folder, read_config(folder))
+
+
 def test_transformers_must_find_every_tensor(tmp_path):
     """It would draw what is missing at random, and only warn."""
     folder = write(ours_from(build_hf(llama())), tmp_path / "hf")

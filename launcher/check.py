@@ -24,7 +24,7 @@ from launcher.finetune import command_for
 from launcher.limits import LimitError
 from launcher.pretrain import begin_logging
 from launcher.redaction import hide
-from launcher.results import result_path
+from launcher.results import refuse_other_data, result_path
 from launcher.run_dir import RunDirError, prepare_run_dir, read_saved_config
 from launcher.start import check_run, is_finished, refuse_stop_behind
 from launcher.task_config import TextTask
@@ -96,6 +96,7 @@ def check_evaluate(args: argparse.Namespace, cfg: RunConfig) -> dict[str, Any]:
     else:
         for path in args.data:
             open_source(source_of(path, "text"), Limits())
+    refuse_other_data(cfg.run_dir, args.save, args.data)
     steps = [step for step in have if not result_path(cfg.run_dir, args.save, step).is_file()]
     if args.steps is not None:
         steps = _steps(args.steps)

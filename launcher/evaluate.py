@@ -36,7 +36,7 @@ from data.tokenizer import Tokenizer
 from launcher.config import ConfigError, FinetuneConfig, RunConfig
 from launcher.evaluate_task import on_examples, task_table
 from launcher.held_out import Batch, Sums, bits_per_byte, combine, perplexity, sum_losses
-from launcher.results import check_name, keep
+from launcher.results import keep, refuse_other_data
 from launcher.trained import Checkpoint, Trained, load_trained
 from model.hf_folder import DTYPES
 from parallel.checkpoint import CheckpointError
@@ -229,7 +229,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         if value is not None and value < 1:
             raise ValueError(f"{name} {value}; expected at least 1")
     if args.save is not None:
-        check_name(args.save)
+        refuse_other_data(args.model, args.save, args.data)
     trained = load_trained(args.model, args.step, None if args.dtype is None else DTYPES[args.dtype])
     checkpoint = trained.checkpoint
     if args.save is not None and checkpoint is None:
@@ -238,7 +238,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         )
     batch = args.batch_size or (DEFAULT_BATCH if checkpoint is None else checkpoint.cfg.train.micro_batch_size)
     dtype = next(name for name, dtype in DTYPES.items() if dtype == trained.model.embed.weight.dtype)
-    about = {"model": str(args.model), "step": checkpoint.step if checkpoint else None, "dtype": dtype}
+    about = {"model": str(args.model), "step": checkpoint.step if checkpoint else None, "dtype": dtype,
+             "data": args.data}  # fmt: skip
     if checkpoint is not None and isinstance(checkpoint.cfg, FinetuneConfig) and checkpoint.cfg.task.kind != "text":
         if args.windows is not None:
             raise ValueError("--windows is for text; of a task every example counts: leave it out")

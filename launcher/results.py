@@ -31,6 +31,15 @@ def result_path(run_dir: Path, name: str, step: int) -> Path:
     return folder_of(run_dir, name) / f"{folder_name(step)}.json"
 
 
+def refuse_other_data(run_dir: Path, name: str, data: list[str]) -> None:
+    """Raise ValueError where the results of that name are of other texts: they would be one curve."""
+    for path in sorted(folder_of(run_dir, name).glob("step-*.json"))[:1]:
+        before = json.loads(path.read_text(encoding="utf-8")).get("data", data)
+        if before != data:
+            shown = [" ".join(given) or "what the run holds out" for given in (before, data)]
+            raise ValueError(f"--save {name}: its results are of {shown[0]}, not of {shown[1]}; choose another name")
+
+
 def keep(run_dir: Path, name: str, found: dict[str, Any]) -> Path:
     """Put one result there, whole or not at all, and draw all of that name. Several processes may at a time.
 

@@ -219,6 +219,9 @@ def test_results_are_kept_and_drawn_in_the_order_of_their_steps(run_dir, texts, 
             (found["step"], found["overall"]["loss"]) for path, found in kept.items() if path.parent.name == name
         ]
         assert points == [(step, pytest.approx(loss)) for step, loss in expected]
+    assert evaluate.main([str(run_dir), "--save", "own", "--data", str(texts / "0.txt")]) == 2
+    told = f"--save own: its results are of what the run holds out, not of {texts}/0.txt; choose another name"
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -70,13 +70,18 @@ def _with_rest(wall_s: float, parts: dict[str, float]) -> dict[str, float]:
 def _add_lines(parts: dict[str, float], lines: list[dict[str, Any]], saved: list[int]) -> int:
     """As _add_line, from the beginning of the run.
 
-    saved: steps of checkpoints, from the last of which below them steps were done, where the line before is another
-    start's.
+    saved: steps of checkpoints, for lines that were set aside without the step from which their steps were done again
+    (resumed_step): those were done since the last of these, where the line before is another start's.
     """
-    before = 0
+    before, resumed = 0, None
     for line in lines:
         if number(line, _STEP) is not None:
-            before = max([before if before < line["step"] else 0, *(step for step in saved if step < line["step"])])
+            again = line.get("resumed_step")
+            if isinstance(again, int):
+                before = before if again == resumed and before < line["step"] else again
+            else:
+                before = max([before if before < line["step"] else 0, *(step for step in saved if step < line["step"])])
+            resumed = again
         before = _add_line(parts, line, before)
     return before
 

@@ -130,7 +130,11 @@ def _set_aside_after(path: Path, step: int) -> None:
     aside: list[str] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            (keep if json.loads(line)["step"] <= step else aside).append(line)
+            values = json.loads(line)
+            if values["step"] <= step:
+                keep.append(line)
+            else:
+                aside.append(json.dumps({**values, "resumed_step": step}))
         except (ValueError, KeyError, TypeError):  # cut by a crash, or no line of ours
             aside.append(line)
     if not aside:

@@ -60,6 +60,13 @@ def write(folder, jobs, ledger, steps):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def test_steps_that_were_lost_are_counted_from_where_they_were_done_again(run_dir):
+    """Not from a later start's save between two logged steps: of 6 to 20, then of 6 to 10, and of 19 and 20."""
+    lines = [step(20, resumed_step=5), step(10, resumed_step=5), step(20, resumed_step=18)]
+    (run_dir / "metrics.superseded.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_status(run_dir, now=1e6).parts_s["lost"] == 15 + 5 + 2
+
+
 def test_where_the_time_of_a_finished_run_went(run_dir):
     found = read_status(run_dir, now=1e6)
     assert found.wall_s == 81

@@ -27,6 +27,33 @@ def test_a_submitted_run_gives_the_losses_of_one_host(cluster, expected, corpus,
     cluster.wait_for(by_hand, "COMPLETED")
 
 
+TUNE = """
+init: {init}
+task: {{kind: text}}
+run: {{name: tuned, folder: {folder}}}
+data: {{corpus: {corpus}, sources: [{{kind: text, paths: [-]}}]}}
+optim: {{lr: 1e-3, warmup_steps: 2}}
+parallel: {{zero_stage: 2, precision: fp32, timeout_s: 60}}
+train: {{steps: 6, global_batch_size: 8, micro_batch_size: 2}}
+checkpoint: {{every: 3}}
+log: {{every: 1}}
+eval: {{every: 3, windows: 10}}
+"""
+
+
+@pytest.mark.long
+def test_a_fine_tuning_is_submitted_and_stopped_and_goes_on(cluster, expected, corpus, tmp_path):
+    recipe, run_dir = tmp_path / "tune.yaml", tmp_path / "runs/tuned"
+    recipe.write_text(TUNE.format(init=expected, folder=tmp_path / "runs", corpus=corpus))
+    for steps in ("train.stop_at=4", "train.steps=6"):
+        out = cluster.run(*submit_command(tmp_path, recipe, steps))
+        cluster.wait_for(out.split()[2].rstrip(","), "COMPLETED")
+    assert [end["kind"] for end in records(run_dir, "end")] == ["finished", "finished"]
+    assert [event["step"] for event in records(run_dir, "start", "ledger.jsonl")] == [0, 4]
+    assert f"from {expected}@6" in (run_dir / f"logs/slurm-{records(run_dir, 'end')[0]['job']}.out").read_text()
+    assert sorted(losses(run_dir)) == list(range(1, 7))
+
+
 @pytest.mark.parametrize(
     ("overrides", "changes", "messages"),
     [

@@ -161,6 +161,7 @@ def test_a_spike_is_told_with_its_documents_and_skipped_on_all_ranks_alike(poiso
     assert len(newest.totals["losses"]) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.fault(37)
 def test_a_run_rewinds_leaves_the_noise_out_and_does_so_alike_each_time(poisoned, tmp_path):
     """Twice undisturbed, and once killed after the first rewind: the same steps, losses and weights, to the last bit."""
@@ -207,7 +208,9 @@ def test_a_run_that_rewinds_too_often_stops_and_names_the_limit(poisoned, tmp_pa
     assert "FloatingPointError: step " in failed[0]["error"]
 
 
-@pytest.mark.parametrize(("saved", "left_out"), [(None, 3), (2, 2)])
+@pytest.mark.parametrize(
+    ("saved", "left_out"), [pytest.param(None, 3, marks=[pytest.mark.slow, pytest.mark.long]), (2, 2)]
+)
 def test_a_rewind_leaves_out_as_many_steps_as_is_said_but_none_that_is_saved(saved, left_out, poisoned, tmp_path):
     """saved: the newest checkpoint is of so many steps before the bad one; without any it goes back to the beginning."""
     make, steps = poisoned

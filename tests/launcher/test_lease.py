@@ -259,6 +259,7 @@ FORKS = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.fault(23)
 def test_killed_at_each_line_of_taking_and_releasing_the_next_start_goes_on(tmp_path):
     code = """

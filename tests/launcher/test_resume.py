@@ -94,7 +94,10 @@ def test_a_killed_run_goes_on_with_or_without_offload(stage, before, after, uncl
 
 @pytest.mark.parametrize(
     "number",
-    [pytest.param(signal.SIGUSR1, marks=pytest.mark.fault(27)), pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    [
+        pytest.param(signal.SIGUSR1, marks=[pytest.mark.fault(27), pytest.mark.slow]),
+        pytest.param(signal.SIGINT, marks=[pytest.mark.slow, pytest.mark.long]),
+    ],
 )
 def test_stopped_by_a_signal_saves_and_goes_on(number, undisturbed, corpus, tmp_path):
     """The signal reaches one rank alone; both leave at the same step, saved, with exit code 75."""
@@ -145,6 +148,7 @@ def test_a_finished_run_says_so(undisturbed, corpus, tmp_path):
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_when_its_length_is_changed_on_purpose(corpus, tmp_path):
     recipe = write_recipe(tmp_path, corpus)
     run(torchrun(1, "--config", recipe, "train.steps=6"), tmp_path / "first")
@@ -155,6 +159,7 @@ def test_a_finished_run_goes_on_when_its_length_is_changed_on_purpose(corpus, tm
     assert "train.steps: was 8, is 6" in text
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_it_could_say_finished_says_so_at_the_next_start(undisturbed, corpus, tmp_path):
     """Between its last checkpoint and the ledger's last line: evaluated again, no step trained again."""
     run_dir = tmp_path / "runs/test"
@@ -187,6 +192,7 @@ def test_every_number_that_is_promised_is_written(undisturbed):
     ]
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_one_curve_over_a_restart(undisturbed, corpus, tmp_path):
     """The event files of two starts, read as TensorBoard reads them: each step once, the config and samples as text."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

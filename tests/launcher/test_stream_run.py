@@ -147,6 +147,7 @@ def test_the_end_of_the_text_is_saved_and_named(ended):
     assert failed["error"].startswith("StreamEnd: the text ends after data.stream.epochs=1")
 
 
+@pytest.mark.slow
 def test_the_end_of_the_text_can_be_made_the_end_of_the_run(ended, tmp_path):
     """As the message says: no step is trained, the held-out loss is taken and the ledger says finished, once."""
     recipe, _ = ended

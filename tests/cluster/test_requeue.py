@@ -110,7 +110,7 @@ def test_a_job_of_higher_priority_takes_the_nodes(cluster, undisturbed, corpus, 
 @pytest.mark.parametrize(
     "warned",
     [
-        pytest.param(True, marks=pytest.mark.fault(24), id="warned"),
+        pytest.param(True, marks=[pytest.mark.fault(24), pytest.mark.long], id="warned"),
         pytest.param(False, marks=[pytest.mark.fault(28), pytest.mark.long], id="not-warned"),
     ],
 )
@@ -139,7 +139,10 @@ def test_a_time_limit_shorter_than_the_run(cluster, undisturbed, corpus, tmp_pat
 
 @pytest.mark.parametrize(
     "lost",
-    [pytest.param("power", marks=pytest.mark.fault(29)), pytest.param("network", marks=pytest.mark.fault(32))],
+    [
+        pytest.param("power", marks=[pytest.mark.fault(29), pytest.mark.long]),
+        pytest.param("network", marks=pytest.mark.fault(32)),
+    ],
 )
 def test_a_node_that_is_lost(cluster, undisturbed, corpus, tmp_path, lost):
     """n1 has rank 0 and the job's script. The job goes on when the node is back; until then nothing of it runs."""

@@ -38,6 +38,7 @@ def wait_for_start(run_dir, number, process):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.fault(39)
 def test_a_run_killed_ten_times_on_changing_ranks_and_stages_reads_and_learns_the_same(corpus, tmp_path, capsys):

@@ -50,7 +50,7 @@ def test_every_fine_tuning_recipe_loads_and_its_model_can_be_built(path, monkeyp
     """With the run that `make pretrain` leaves in the place of whatever it begins with."""
     model = load_config("configs/embedded.yaml", []).model
     identity = OriginConfig(step=600, digest="", tokenizer="", model=model)
-    tokenizer = SimpleNamespace(folder=Path("runs/embedded/tokenizer"))
+    tokenizer = SimpleNamespace(folder=Path("runs/embedded/tokenizer"), vocab_size=4096)
     origin = SimpleNamespace(identity=lambda: identity, tokenizer=tokenizer)
     monkeypatch.setattr("launcher.origin.open_origin", lambda init, step: origin)
     cfg = load_finetune_config(str(path), [f"run.folder={path}"])  # where no run is

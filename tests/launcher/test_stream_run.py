@@ -327,6 +327,7 @@ def test_a_killed_worker_ends_the_run_and_the_next_start_goes_on(corpus, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(3)
 def test_a_killed_worker_or_rank_leaves_no_process_and_the_next_start_ends_bit_equal(corpus, tmp_path):
     """In mid-run, with two workers a rank that are some 50 steps ahead."""

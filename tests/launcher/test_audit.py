@@ -220,6 +220,7 @@ def test_refusals(make_run, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_mixture_is_proved_and_equals_one_never_stopped(mixture, tmp_path, capsys):
     """Three sources, a stage, two ranks killed, one rank, two again: real runs, the same samples and losses."""
     stages = "data.stages=[{from_tokens: 3072, weights: {json: 1.0, asyncio: 1.0}}]"

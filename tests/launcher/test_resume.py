@@ -120,6 +120,7 @@ def test_stopped_by_a_signal_saves_and_goes_on(number, undisturbed, corpus, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_stopped_at_a_given_step_it_saves_and_goes_on_to_a_later_one(undisturbed, corpus, tmp_path):
     """Step 7 is none at which a checkpoint is due. The learning rate stays that of 24 steps, or the losses would differ."""
     recipe, run_dir = write_recipe(tmp_path, corpus), tmp_path / "runs/test"

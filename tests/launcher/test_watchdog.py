@@ -325,6 +325,7 @@ def test_ranks_save_and_leave_when_their_launcher_ends(whom, number, corpus, tmp
 
 @pytest.mark.slow
 @pytest.mark.fault(20)
+@pytest.mark.long
 def test_slow_storage_is_no_hang_and_holds_up_no_step(undisturbed, corpus, tmp_path):
     recipe = write_recipe(tmp_path, corpus)
     text = run(injected("slow-sync", 0, 2, recipe, "parallel.timeout_s=30"), tmp_path / "log")

@@ -10,7 +10,8 @@ from memory import measure
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 3])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 3])
 def test_recomputation_lowers_peak_memory(stage):
     """The activations of 8 blocks are some 300 MiB here; margins of 10 % are far above the allocator's noise."""
     peak = {mode: measure(stage, 1, mode)["peak_mib"] for mode in ("none", "every_k", "selective", "full")}

@@ -5,7 +5,7 @@ run that starts sharded over 512 ranks starts from the same weights as one on a 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import xxhash
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.lora import A, B
 
 BLOCK = 2**20  # elements drawn from one generator: a range costs at most two blocks more than it needs
 
@@ -25,7 +26,9 @@ def initial_values(
     Norm weights are 1, biases 0, matrices N(0, init_std). With scale_residual_init the matrices that write into the
     residual stream (wo, w_down) are divided by sqrt(2 * n_layers), the number of such writes, so that the variance of
     the stream does not grow with depth (GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask
-    Learners", section 2.3). Raises ValueError for a range outside the parameter or a name the model does not have.
+    Learners", section 2.3). LoRA's B is 0 and its A uniform within 1 / sqrt(its inputs), the Kaiming-uniform values with
+    a = sqrt(5) that peft draws (He et al. 2015, arXiv:1502.01852). Raises ValueError for a range outside the parameter or
+    a name the model does not have.
     """
     numel = math.prod(shape)
     stop = numel if stop is None else stop
@@ -34,6 +37,10 @@ def initial_values(
             f"range [{start}, {stop}) of {name} is not within [0, {numel}), the elements of shape {list(shape)}; "
             "start and stop count elements of the flattened parameter"
         )
+    if A in name:
+        return _drawn(_uniform, name, numel, seed, start, stop, 1 / math.sqrt(shape[1]))
+    if B in name:
+        return _constant(0.0, stop - start)
     module, _, kind = name.rpartition(".")
     layer = module.rpartition(".")[2]
     if kind == "bias":
@@ -41,9 +48,9 @@ def initial_values(
     if kind == "weight" and (layer == "norm" or layer.endswith("_norm")):
         return _constant(1.0, stop - start)
     if kind == "weight" and layer in ("wo", "w_down"):
-        return _normal(name, numel, seed, start, stop, residual_init_std(cfg))
+        return _drawn(_normal, name, numel, seed, start, stop, residual_init_std(cfg))
     if kind == "weight" and layer in ("embed", "pos_embed", "head", "score", "wq", "wk", "wv", "w_gate", "w_up"):
-        return _normal(name, numel, seed, start, stop, cfg.init_std)
+        return _drawn(_normal, name, numel, seed, start, stop, cfg.init_std)
     raise ValueError(
         f"no initial values are defined for the parameter {name!r}; "
         "expected a name from Transformer.named_parameters(), such as 'blocks.0.attn.wq.weight'"
@@ -59,22 +66,33 @@ def _constant(value: float, numel: int) -> Tensor:
     return torch.full((numel,), value, dtype=torch.float32, device="cpu")
 
 
-def _normal(name: str, numel: int, seed: int, start: int, stop: int, std: float) -> Tensor:
+Draw = Callable[[np.random.Generator, int], np.ndarray]  # (generator, n) -> (n,) float32
+
+
+def _normal(generator: np.random.Generator, n: int) -> np.ndarray:
+    return generator.standard_normal(n, dtype=np.float32)
+
+
+def _uniform(generator: np.random.Generator, n: int) -> np.ndarray:
+    return 2 * generator.random(n, dtype=np.float32) - 1
+
+
+def _drawn(draw: Draw, name: str, numel: int, seed: int, start: int, stop: int, scale: float) -> Tensor:
     values = np.empty(stop - start, dtype=np.float32)
     for block in range(start // BLOCK, -(-stop // BLOCK)):
         first = block * BLOCK
-        drawn = _block(name, min(BLOCK, numel - first), seed, block)
+        drawn = draw(_generator(name, seed, block), min(BLOCK, numel - first))
         low, high = max(start, first), min(stop, first + len(drawn))
         values[low - start : high - start] = drawn[low - first : high - first]
-    values *= std
+    values *= scale
     return torch.from_numpy(values)
 
 
-def _block(name: str, size: int, seed: int, block: int) -> np.ndarray:
-    """Standard normal values of one block, from a generator of its own.
+def _generator(name: str, seed: int, block: int) -> np.random.Generator:
+    """That of one block.
 
     NumPy's and not torch's: torch's CPU generator keeps 32 bits of its seed, and among the 70,000 blocks of a 70B model
     two would be expected to share theirs and hold equal numbers.
     """
     key = xxhash.xxh3_128_intdigest(f"{seed}/{block}/{name}".encode())
-    return np.random.Generator(np.random.SFC64(key)).standard_normal(size, dtype=np.float32)
+    return np.random.Generator(np.random.SFC64(key))

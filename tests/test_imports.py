@@ -22,6 +22,7 @@ HOMES = {
     "transformers": {"model", "data"},
     "sentencepiece": {"data"},
     "datasets": {"data"},
+    "peft": {"model"},
 }
 
 

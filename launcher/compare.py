@@ -18,7 +18,7 @@ from launcher.config import ConfigError, flat
 from launcher.read_log import read_records
 from launcher.run_dir import Ledger, RunDirError
 from parallel.checkpoint import CheckpointError, CheckpointReader, faults, folder_name
-from parallel.state import KINDS
+from parallel.state import KINDS, WEIGHT
 
 NAMES = {"weight": "weights", "exp_avg": "first moments", "exp_avg_sq": "second moments"}
 OF_SPEED = ("speed/", "system/", "goodput/", "data/cache_")  # metrics that no two runs share
@@ -209,7 +209,9 @@ def _open(path: Path) -> CheckpointReader:
 
 def _compare_tensors(pair: Pair, step: int, kind: str, a: CheckpointReader, b: CheckpointReader) -> Finding:
     differences, total = [], 0
-    for name, shape in a.manifest.shapes.items():
+    held = {name for name in a.manifest.shapes if kind == WEIGHT or a.has(name, kind) or b.has(name, kind)}
+    shapes = {name: shape for name, shape in a.manifest.shapes.items() if name in held}  # what is frozen has no moments
+    for name, shape in shapes.items():
         n = torch.Size(shape).numel()
         total += n
         for start in range(0, n, CHUNK):
@@ -221,7 +223,7 @@ def _compare_tensors(pair: Pair, step: int, kind: str, a: CheckpointReader, b: C
                 values = (f"{values[i].item()!r}" for values in (ours, theirs))
                 differences.append(pair.differ(step, f"{kind} of {name}, element {start + i} of {n}", *values))
                 break
-    return _finding(NAMES[kind], f"{len(a.manifest.shapes)} tensors, {total:,} numbers, to the last bit", differences)
+    return _finding(NAMES[kind], f"{len(shapes)} tensors, {total:,} numbers, to the last bit", differences)
 
 
 def _compare_counters(pair: Pair, step: int, a: CheckpointReader, b: CheckpointReader) -> Finding:

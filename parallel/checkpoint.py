@@ -1,10 +1,11 @@
 """Sharded checkpoints: one format for every topology, whole or absent, verified before use, nothing pickled.
 
-    checkpoints/step-00001000/rank-00000.safetensors   what rank 0 owned: fp32 weights and moments, by element range
+    checkpoints/step-00001000/rank-00000.safetensors   what rank 0 owned: weights and moments, by element range
     checkpoints/step-00001000/manifest.json            files with size and hash, parameter shapes, cursor, config, versions
     checkpoints/latest                                 the name of the newest committed folder; a hint, never trusted alone
 
-A tensor in a file is named `KIND:PARAMETER:START`: elements START.. of the flattened parameter, fp32, one-dimensional.
+A tensor in a file is named `KIND:PARAMETER:START`: elements START.. of the flattened parameter, one-dimensional, fp32. A
+frozen parameter has a weight alone, in the format that the run computes in, which a reader is given as fp32.
 parallel/checkpoint_writer.py writes a folder as `step-N.KEY.staging`, syncs, hashes and lists it and then renames it: a
 folder with its final name is whole. Whoever reads it asks for element ranges, so the world size and ZeRO stage that wrote
 it do not matter.
@@ -173,6 +174,10 @@ class CheckpointReader:
                 out[at - start : end - start] = self._files[file].get_slice(key)[at - first : end - first]
                 at = end
         return at
+
+    def has(self, name: str, kind: str) -> bool:
+        """Whether an open file has a part of it; a parameter that was frozen has no moments."""
+        return (name, kind) in self._spans
 
     def tensor(self, name: str, kind: str = "weight") -> Tensor:
         """A whole parameter in its shape, fp32."""

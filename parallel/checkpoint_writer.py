@@ -111,13 +111,13 @@ class CheckpointWriter:
         return self._outcome
 
     def _snapshot(self, fragments: list[Fragment]) -> dict[str, torch.Tensor]:
-        """Copies on the host, by name in the file; (n,) fp32 each."""
+        """Copies on the host, by name in the file; (n,) each."""
         pinned, copied = torch.accelerator.is_available(), {}
         for f in fragments:
             name = f"{f.kind}:{f.name}:{f.start}"
             room = self._copy.get(name)
             if room is None or room.shape != f.tensor.shape:
-                room = torch.empty(f.tensor.shape, dtype=torch.float32, pin_memory=pinned)
+                room = torch.empty(f.tensor.shape, dtype=f.tensor.dtype, pin_memory=pinned)
             copied[name] = room.copy_(f.tensor.detach(), non_blocking=True)
         if pinned:
             torch.accelerator.synchronize()
@@ -234,12 +234,13 @@ def _finite_bytes(copied: dict[str, torch.Tensor]) -> int:
     """Bytes of a rank's state. Raises NotFinite, naming what is broken."""
     for name, tensor in copied.items():
         with np.errstate(all="ignore"):
-            finite = bool(np.isfinite(tensor.numpy().sum()))  # NaN and infinity always show in a sum
+            total = tensor.numpy().sum() if tensor.dtype == torch.float32 else tensor.sum(dtype=torch.float32).item()
+            finite = bool(np.isfinite(total))  # NaN and infinity always show in a sum
         if not finite and not bool(torch.isfinite(tensor).all()):  # or it was too large a sum
             kind, parameter, start = name.split(":", 1)[0], *name.split(":", 1)[1].rsplit(":", 1)
             at = int(start) + int((~torch.isfinite(tensor)).nonzero()[0])
             raise NotFinite(f"the {kind} of {parameter} is not finite at element {at}")
-    return sum(4 * tensor.numel() for tensor in copied.values())
+    return sum(tensor.nbytes for tensor in copied.values())
 
 
 def _write_shard(staging: Path, rank: int, copied: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any]]:
@@ -249,21 +250,24 @@ def _write_shard(staging: Path, rank: int, copied: dict[str, torch.Tensor]) -> t
     return path.name, {"bytes": path.stat().st_size, "xxh3": digest}
 
 
+_FORMATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors names them
+
+
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-    """Write contiguous fp32 host tensors, and return the xxh3-128 of the file's bytes as they left the memory.
+    """Write contiguous host tensors, and return the xxh3-128 of the file's bytes as they left the memory.
 
     safetensors' own writer copies every tensor once more on the way, which the training beside it feels.
     """
     header, end = {}, 0
     for name, tensor in tensors.items():
-        begin, end = end, end + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _FORMATS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     parts: list[Any] = [
         len(text).to_bytes(8, "little"),
         text,
-        *(tensor.numpy().data.cast("B") for tensor in tensors.values()),
+        *(tensor.view(torch.uint8).numpy().data.cast("B") for tensor in tensors.values()),
     ]
     digest = xxhash.xxh3_128()
     with open(path, "wb", buffering=1 << 20) as file:

@@ -50,6 +50,7 @@ class Engine:
         self.shapes = {
             name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.parameters.items()
         }  # whole shapes, also under ZeRO 3
+        self.trained = frozenset(name for name, p in self.parameters.items() if p.requires_grad)
         self._veto: Callable[[float], bool] = lambda grad_norm: False
         self._vetoed: bool | None = None  # None: not asked yet in this update
         gate(self._base_optimizer(), self._allowed)
@@ -118,10 +119,11 @@ class Engine:
 
     def owned_fragments(self) -> list[Fragment]:
         """The fragments that this rank writes: each element of each parameter's state belongs to exactly one rank."""
-        if self.zero_stage > 0:
-            return self.fragments()
         owned = []
         for f in self.fragments():
+            if self.zero_stage == 3 or (self.zero_stage > 0 and f.name in self.trained):
+                owned.append(f)
+                continue
             n = f.tensor.numel()
             start, stop = n * self.mesh.dp_rank // self.mesh.dp_size, n * (self.mesh.dp_rank + 1) // self.mesh.dp_size
             if stop > start:
@@ -216,20 +218,23 @@ class Engine:
             return list(optimizer.fp32_partitioned_groups_flat)
         return [p for group in self._base_optimizer().param_groups for p in group["params"]]
 
-    def _fragments_of(self, name: str, p: nn.Parameter) -> Iterator[Fragment]:
+    def _fragments_of(self, name: str, p: Any) -> Iterator[Fragment]:
+        if name not in self.trained:
+            yield from self._frozen(name, p)
+            return
         if self.zero_stage == 0:
             master = self._zero0_masters().get(p, p)
             start, part = 0, slice(None)
         elif self.zero_stage == 3:
-            z3 = p._z3_optimizer  # type: ignore[attr-defined]
+            z3 = p._z3_optimizer
             group, offset, _ = z3.grad_position[z3.get_param_id(p)]
             master = z3.fp32_partitioned_groups_flat[group]
-            size = p.partition_numel()  # type: ignore[attr-defined]
+            size = p.partition_numel()
             start = min(size * self.mesh.dp_rank, math.prod(self.shapes[name]))
             stop = min(start + size, math.prod(self.shapes[name]))  # the last partition is padded
             part = slice(offset, offset + stop - start)
         else:
-            mapping = p._hp_mapping  # type: ignore[attr-defined]  # None: no element of it is on this rank
+            mapping = p._hp_mapping  # None: no element of it is on this rank
             if mapping is None:
                 return
             master = self._masters()[mapping.param_group_index]
@@ -243,6 +248,16 @@ class Engine:
         state = self._base_optimizer().state[master]
         for kind in (EXP_AVG, EXP_AVG_SQ):
             yield Fragment(name, kind, start, state[kind].view(-1)[part])
+
+    def _frozen(self, name: str, p: Any) -> Iterator[Fragment]:
+        """Of a parameter that is not trained, and of which the optimizer knows nothing."""
+        if self.zero_stage < 3:  # every rank has it whole
+            yield Fragment(name, WEIGHT, 0, p.detach().view(-1))
+            return
+        start = p.partition_numel() * self.mesh.dp_rank
+        here = p.ds_tensor.detach().view(-1)[: max(0, math.prod(self.shapes[name]) - start)]  # the last is padded
+        if here.numel():
+            yield Fragment(name, WEIGHT, start, here)
 
     def _zero0_masters(self) -> dict[nn.Parameter, Tensor]:
         """fp32 copies of bf16 or fp16 parameters; empty in fp32, where the parameters are the masters."""

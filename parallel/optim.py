@@ -68,10 +68,11 @@ def gate(optimizer: torch.optim.Optimizer, allowed: Callable[[], bool]) -> None:
 def build_adamw(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], cfg: OptimConfig, *, checked: bool
 ) -> torch.optim.AdamW:
-    """AdamW over two groups: matrices (two dimensions or more) decay; norms, biases and other vectors do not."""
+    """AdamW over two groups of what is trained: matrices (two dimensions or more) decay; norms, biases and other vectors
+    do not."""
     decay: list[torch.nn.Parameter] = []
     keep: list[torch.nn.Parameter] = []
-    for _, parameter in named_parameters:
+    for parameter in (parameter for _, parameter in named_parameters if parameter.requires_grad):
         ndim = len(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO 3 the tensor itself is empty
         (decay if ndim >= 2 else keep).append(parameter)
     groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": keep, "weight_decay": 0.0}]

@@ -183,6 +183,18 @@ def test_a_checkpoint_that_cannot_be_read_is_not_equal(runs, fault):
     assert text.startswith(message)
 
 
+def test_what_is_frozen_has_no_moments_in_either(runs):
+    trained = {(kind, "embed"): made_tensor(kind, "embed") for kind in KINDS}
+    frozen = {("weight", "norm"): made_tensor("weight", "norm")}
+    write_checkpoint(runs[0], STEPS, trained | frozen)
+    assert "checkpoint: " in first(runs)[1]
+    write_checkpoint(runs[1], STEPS, trained | frozen)
+    assert first(runs) is None
+    for run_dir in runs:
+        write_checkpoint(run_dir, STEPS, trained)
+    assert "lacks elements 0 to 5 of the weight of norm" in first(runs)[1]
+
+
 def test_how_the_tensors_are_divided_does_not_matter(runs):
     """Two ranks' fragments against one's."""
     parts = {}

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.multiprocessing as mp
+from torch import nn
 
 from data.loader import StepBatch
 from launcher.pretrain import leave, train_step
 from model.config import ModelConfig
 from model.init import initial_values
+from model.lora import plain_name
 from model.transformer import Transformer
 from parallel.checkpoint import Manifest, ZeroMoments
 from parallel.checkpoint_writer import CheckpointWriter
@@ -72,15 +74,21 @@ def config_of(stage: int, precision: str, offload: str) -> ParallelConfig:
 
 
 def build(
-    mesh: Mesh, cfg: ParallelConfig, model: ModelConfig = MODEL, accum: int = ACCUM, optim: OptimConfig = OPTIM
+    mesh: Mesh,
+    cfg: ParallelConfig,
+    model: ModelConfig = MODEL,
+    accum: int = ACCUM,
+    optim: OptimConfig = OPTIM,
+    build_model: Callable[[ModelConfig], nn.Module] = Transformer,
 ) -> Engine:
     micro = BATCH // accum // mesh.dp_size
     ds = deepspeed_config(
         cfg, micro_batch_size=micro, grad_accum_steps=accum, dp_size=mesh.dp_size, grad_clip=optim.grad_clip
     )
-    engine = parallelize(lambda: Transformer(model), cfg, optim, ds, mesh)
+    engine = parallelize(lambda: build_model(model), cfg, optim, ds, mesh)
     shapes = engine.shapes
-    engine.load_state(ZeroMoments(lambda name, a, b: initial_values(name, shapes[name], model, 5, a, b)), adam_steps=0)
+    source = ZeroMoments(lambda name, a, b: initial_values(plain_name(name), shapes[name], model, 5, a, b))
+    engine.load_state(source, adam_steps=0)
     return engine
 
 

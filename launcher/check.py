@@ -26,6 +26,7 @@ from launcher.pretrain import begin_logging
 from launcher.redaction import hide
 from launcher.results import refuse_other_data, result_path
 from launcher.run_dir import RunDirError, prepare_run_dir, read_saved_config
+from launcher.saving import checkpoint_bytes
 from launcher.start import check_run, is_finished, refuse_stop_behind
 from launcher.task_config import TextTask
 from parallel.checkpoint import committed_steps
@@ -58,7 +59,7 @@ def check_training(args: argparse.Namespace, cfg: RunConfig) -> dict[str, Any]:
     command = command_for(args.config)
     check_run(cfg, args.allow_change, args.ranks, command)
     if not args.write_nothing:
-        prepare_run_dir(cfg, needed_bytes=12 * cfg.model.n_params)  # fp32 weights and two moments
+        prepare_run_dir(cfg, checkpoint_bytes(cfg, command.build_model))
     refuse_stop_behind(cfg, committed_steps(cfg.run_dir / "checkpoints"))
     fewer = [ranks for ranks in args.fewer_ranks if divides(cfg, ranks)]
     return {"run_dir": os.path.abspath(cfg.run_dir), "name": cfg.run.name, "finished": is_finished(cfg),

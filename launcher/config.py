@@ -16,6 +16,7 @@ from data.config import DataConfig
 from data.urls import SECRET, redact
 from launcher.task_config import TaskConfig
 from model.config import ModelConfig
+from model.lora import LoraConfig
 from parallel.config import CheckpointConfig, OptimConfig, ParallelConfig
 
 
@@ -179,6 +180,11 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return "tokens"
 
     @property
+    def flops_per_token(self) -> int:
+        """Floating point operations of forward and backward for one token."""
+        return self.model.flops_per_token(self.model.seq_len)
+
+    @property
     def global_batch_size(self) -> int:
         """Sequences a step, over all ranks."""
         return self.train.global_batch_size or self.tokens_per_step // self.model.seq_len
@@ -223,11 +229,17 @@ class FinetuneConfig(RunConfig, frozen=True, extra="forbid", strict=True):
 
     init: str  # runs/NAME, runs/NAME@STEP, a Hugging Face folder or hf://ORG/NAME
     task: TaskConfig
+    lora: LoraConfig | None = None  # None: all weights are trained
     origin: OriginConfig
 
     @property
     def begun_with(self) -> dict[str, Any]:
         return {"init": self.init, "origin_step": self.origin.step, "origin_digest": self.origin.digest}
+
+    @property
+    def flops_per_token(self) -> int:
+        """With LoRA without the gradients of the matrices, a third of what they take, and without its own few."""
+        return super().flops_per_token - (2 * self.model.n_matrix_params if self.lora is not None else 0)
 
     @property
     def what_counts(self) -> str:

@@ -38,7 +38,7 @@ from launcher.config import ConfigError, FinetuneConfig
 from launcher.model_card import last_held_out, model_card
 from launcher.staging import LOCK, StagingError, check_absent, staging_for
 from launcher.task_config import ChatTask
-from launcher.trained import Checkpoint, open_checkpoint
+from launcher.trained import Checkpoint, lora_of, open_checkpoint
 from model.config import ModelConfig
 from model.hf_folder import (
     DTYPES,
@@ -49,6 +49,7 @@ from model.hf_folder import (
     write_configs,
     write_weights,
 )
+from model.transformer import Transformer
 from parallel.checkpoint import CheckpointError, file_hash
 
 REPORT = "export_report.json"
@@ -141,7 +142,8 @@ def compare(
     if head is not None and not head.per_token:  # texts of different lengths, the longest of them whole
         windows = [window[: 1 + (len(window) - 1) * (i + 1) // len(windows)] for i, window in enumerate(windows)]
     theirs = logits_of_transformers(folder, windows, head)
-    model = checkpoint.model(rounded_to=dtype)
+    # rounded, W + B A is another number than the sum of what W, B and A round to
+    model = checkpoint.merged_model(dtype) if lora_of(checkpoint.cfg) else checkpoint.model(rounded_to=dtype)
     largest = difference = loss_here = loss_there = 0.0
     same = count = 0
     for window, there in zip(windows, theirs, strict=True):
@@ -166,6 +168,29 @@ def compare(
         loss_here=loss_here / targets if head is None else None,
         loss_there=loss_there / targets if head is None else None,
     )
+
+
+def compare_merged(checkpoint: Checkpoint, windows: list[Tensor]) -> dict[str, float]:
+    """The run's own model, its adapters beside its weights, against the one with them merged, both in fp32.
+
+    Raises NotEqual.
+    """
+    with torch.inference_mode():
+        beside = logits_of(checkpoint.model(), windows)
+        differences = [a - b for a, b in zip(beside, logits_of(checkpoint.merged_model(), windows), strict=True)]
+    largest = torch.stack([logits.abs().max() for logits in beside]).max().item()
+    difference = torch.stack([logits.abs().max() for logits in differences]).max().item()
+    tolerance = TOLERANCE * math.sqrt(checkpoint.cfg.model.n_layers)
+    if not difference <= tolerance * largest:  # also for NaN
+        raise NotEqual(
+            f"with its adapters merged the run's model gives other logits, by {difference:.3g} of {largest:.3g}; expected "
+            f"at most {tolerance:.1e} of it. This is a defect of Longhaul or of the installed peft; nothing was written"
+        )
+    return {"largest_logit": largest, "largest_difference": difference, "tolerance": tolerance}
+
+
+def logits_of(model: Transformer, windows: list[Tensor]) -> list[Tensor]:
+    return [model(window.unsqueeze(0))[0] for window in windows]
 
 
 def proof_windows(tokenizer: Tokenizer, texts: list[str], cfg: ModelConfig) -> list[Tensor]:
@@ -201,7 +226,9 @@ def export(
         exported = write_tokenizer(tokenizer, staging, cfg.seq_len, texts)
         write_weights(staging, files, read_for(checkpoint))
         _same_config(cfg, read_config(staging))
-        comparison = compare(checkpoint, staging, cfg, dtype, proof_windows(tokenizer, texts, cfg))
+        windows, lora = proof_windows(tokenizer, texts, cfg), lora_of(checkpoint.cfg)
+        merge = None if lora is None else compare_merged(checkpoint, windows)
+        comparison = compare(checkpoint, staging, cfg, dtype, windows)
         if not comparison.equal:
             raise NotEqual(
                 f"transformers' logits differ from the run's by {comparison.largest_difference:.3g}, of a largest logit of "
@@ -212,6 +239,12 @@ def export(
         report["parameters"] = sum(math.prod(entry.shape) for entries in files.values() for entry in entries)
         report["vocabulary"]["tokenizer"] = tokenizer.vocab_size
         report["ids"] = ids._asdict()
+        if lora is not None and merge is not None:
+            report["lora"] = {**lora.model_dump(mode="json"), "merged": merge}
+            report["notes"].append(
+                f"the run trained LoRA matrices of rank {lora.rank}, which are merged into the weights: with them beside "
+                f"the weights its logits differ by at most {merge['largest_difference']:.2e}, in fp32"
+            )
         report["files"] = {
             path.relative_to(staging).as_posix(): {"bytes": path.stat().st_size, "xxh3": file_hash(path)}
             for path in sorted(staging.rglob("*"))

@@ -12,7 +12,7 @@ from data.fast_tokenizer import SENTENCEPIECE
 from launcher.config import FinetuneConfig, RunConfig
 from launcher.redaction import hide
 from launcher.task_config import ChatTask, ClassifyTask, TagTask, TextTask
-from launcher.trained import Checkpoint
+from launcher.trained import Checkpoint, lora_of
 
 _LOAD = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -77,6 +77,8 @@ def model_card(checkpoint: Checkpoint, report: dict[str, Any], name: str) -> str
     cfg, logits, tokenizer, held_out = checkpoint.cfg, report["logits"], report["tokenizer"], report["held_out"]
     recipe = cfg.model_dump(mode="json", include={"model", "optim", "train"})
     recipe["parallel"] = cfg.parallel.model_dump(mode="json", include={"zero_stage", "precision"})
+    if (lora := lora_of(cfg)) is not None:
+        recipe["lora"] = lora.model_dump(mode="json")
     recipe["seeds"] = {"run": cfg.run.seed, "data": cfg.data.seed}
     of_tokenizer = (
         f"`AutoTokenizer` gives the ids of training: compared on {tokenizer['documents']} documents ({report['text']}) and "

@@ -33,10 +33,11 @@ from launcher.config import (
     validate,
 )
 from launcher.run_dir import RunDirError, read_saved_config
-from launcher.trained import Initial, build_model, open_checkpoint
+from launcher.trained import NEW, Initial, build_model, build_plain, lora_of, open_checkpoint
 from model.config import ModelConfig
 from model.hf_folder import CONFIG, fetch, is_hf_folder, read_config, read_state, weight_files
 from model.init import initial_values
+from model.lora import LoraError, import_peft, is_adapter, plain_name, targets_of
 from parallel.checkpoint import CheckpointError, body_hash, faults_together, file_hash
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 HUB = "hf://"  # before the name of a model of the hub
 HEAD = "head.weight"  # which a model with labels has no place for
-NEW = "score."  # with which the names of a head for labels begin
 SAMPLE_BYTES = 2**22  # of each of three places of a file of weights
 MAY_DIFFER = ("dropout", "seq_len")  # of the model section; seq_len where positions are rotary
 
@@ -91,9 +91,8 @@ class RunOrigin(Origin):
             raise ConfigError(
                 f"init: {error}".replace("choose another with --step", "name another as init: RUN@STEP")
             ) from None
-        manifest = self._checkpoint.reader.manifest
-        self.place, self.step, self.model = place, manifest.step, self._checkpoint.cfg.model
-        self.shapes = {name: tuple(shape) for name, shape in manifest.shapes.items()}
+        self.place, self.step, self.model = place, self._checkpoint.step, self._checkpoint.cfg.model
+        self.shapes = self._checkpoint.shapes
 
     @cached_property
     def digest(self) -> str:
@@ -240,7 +239,20 @@ def load_finetune_config(path: str, overrides: list[str]) -> FinetuneConfig:
     _put_in(raw, path, origin, tokenizer)
     cfg = validate(raw, path)
     assert isinstance(cfg, FinetuneConfig)
+    refuse_lora(cfg, path)
     return cfg
+
+
+def refuse_lora(cfg: FinetuneConfig, path: str) -> None:
+    """Raise ConfigError where the recipe's lora section has no place in the model, or peft is not there."""
+    if cfg.lora is None:
+        return
+    try:
+        import_peft()
+        with torch.device("meta"):
+            targets_of(build_plain(cfg), cfg.lora)
+    except LoraError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _saved_beside(raw: dict[str, Any]) -> dict[str, Any] | None:
@@ -334,9 +346,15 @@ def origin_weights(cfg: FinetuneConfig, mesh: "Mesh") -> Initial:
     if damaged:
         raise ConfigError(f"init={cfg.init}: {opened} is damaged: {damaged[0]}; name another as init: RUN@STEP")
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in build_model(cfg).named_parameters()}
+        whole = {name: tuple(p.shape) for name, p in build_model(cfg).named_parameters()}
+    shapes = {plain_name(name): shape for name, shape in whole.items() if not is_adapter(name)}
     new, dropped = match(shapes, opened)
-    return Initial(_reader(cfg, opened, new), tuple(_told(shapes, opened, new, dropped)))
+    lines = _told(shapes, opened, new, dropped)
+    if (lora := lora_of(cfg)) is not None:
+        lines.append(
+            f"  new beside them: {len(whole) - len(shapes)} matrices of LoRA, rank {lora.rank}, that add 0 as yet"
+        )
+    return Initial(_reader(cfg, opened, new), tuple(lines))
 
 
 def match(shapes: dict[str, tuple[int, ...]], origin: Origin) -> tuple[list[str], list[str]]:
@@ -360,9 +378,9 @@ def match(shapes: dict[str, tuple[int, ...]], origin: Origin) -> tuple[list[str]
 
 def _reader(cfg: FinetuneConfig, origin: Origin, new: list[str]) -> Callable[[str, tuple[int, ...], int, int], Tensor]:
     def read(name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        if name in new:
+        if name in new or is_adapter(name):
             return initial_values(name, shape, cfg.model, cfg.run.seed, start, stop)
-        return origin.read(name, start, stop)
+        return origin.read(plain_name(name), start, stop)
 
     return read
 

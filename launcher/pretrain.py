@@ -40,11 +40,11 @@ from launcher.read_log import ReadLog
 from launcher.redaction import HidingFormatter, hide
 from launcher.run_data import AnyLoader, RunData
 from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, save_config
-from launcher.saving import Progress, Saves, never_saved, resume
+from launcher.saving import Progress, Saves, checkpoint_bytes, never_saved, resume
 from launcher.signals import StopFlag, signal_name
 from launcher.start import PRETRAIN, Command, check, is_finished, open_again, parse_arguments, refuse_stop_behind
 from launcher.stragglers import Stragglers
-from launcher.trained import Initial
+from launcher.trained import Initial, told_trained
 from launcher.watchdog import ALLOWANCE_S, Watchdog, is_effect
 from parallel import device
 from parallel.checkpoint import CheckpointError, committed_steps
@@ -312,6 +312,8 @@ def announce(
         up_s=up_s(),
         world_size=mesh.world_size,
         zero_stage=cfg.parallel.zero_stage,
+        parameters=sum(map(math.prod, engine.shapes.values())),
+        trained_parameters=sum(math.prod(engine.shapes[name]) for name in engine.trained),
         device=device.name(),
         dp_size=mesh.dp_size,
         global_batch_size=cfg.global_batch_size,
@@ -334,6 +336,8 @@ def announce(
         cfg.train.steps,
         f"{cfg.tokens_per_step:,} tokens" if cfg.what_counts == "tokens" else f"{cfg.global_batch_size:,} sequences",
     )
+    if len(engine.trained) < len(engine.shapes):
+        log.info("  %s", told_trained(cfg, engine.shapes, engine.trained))
     lines, warnings = data.announce((cfg.train.steps - progress.step) * cfg.global_batch_size)
     for line in lines:
         log.info("  %s", line)
@@ -367,7 +371,7 @@ def log_step(
     if metrics is None:
         return
     tokens_per_s = clock.tokens / clock.step_s
-    flops = tokens_per_s / mesh.world_size * cfg.model.flops_per_token(cfg.model.seq_len)
+    flops = tokens_per_s / mesh.world_size * cfg.flops_per_token
     values = {
         "loss/train": stats.loss,
         "optim/lr": lr_at(progress.step - 1, cfg.train.steps, cfg.optim),
@@ -463,7 +467,7 @@ def main(argv: list[str], command: Command = PRETRAIN) -> int:
             return 0
         refuse_stop_behind(cfg, steps)
         if place.rank == 0:
-            prepare_run_dir(cfg, needed_bytes=12 * cfg.model.n_params)  # fp32 weights and two moments
+            prepare_run_dir(cfg, checkpoint_bytes(cfg, command.build_model))
             with sole_writer(cfg.run_dir) as lease:
                 return run(cfg, place, data, lease, command)
         return run(cfg, place, data, None, command)

@@ -5,9 +5,13 @@ The bytes are written by parallel/checkpoint_writer.py, in the format of paralle
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
+
+import torch
+from torch import nn
 
 from launcher.config import EvalConfig, RunConfig
 from launcher.lease import Lease, LeaseLost
@@ -72,6 +76,13 @@ class Progress:
 def fresh_weights(cfg: RunConfig, mesh: Mesh) -> Initial:
     """Of a model that has learned nothing: a function of run.seed."""
     return Initial(lambda name, shape, start, stop: initial_values(name, shape, cfg.model, cfg.run.seed, start, stop))
+
+
+def checkpoint_bytes(cfg: RunConfig, build_model: Callable[[RunConfig], nn.Module]) -> int:
+    """Of one checkpoint: fp32 weights and two moments of what is trained, and of what is not its weights as they compute."""
+    frozen = 4 if cfg.parallel.precision == "fp32" else 2
+    with torch.device("meta"):
+        return sum(p.numel() * (12 if p.requires_grad else frozen) for p in build_model(cfg).parameters())
 
 
 def never_saved(cfg: RunConfig, mesh: Mesh) -> bool:

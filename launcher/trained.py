@@ -3,7 +3,7 @@ of Hugging Face's.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +17,27 @@ from launcher.task_config import ClassifyTask, TagTask
 from model.classifier import Classifier
 from model.hf import LabelHead
 from model.hf_folder import DTYPES, is_hf_folder, read_config, read_model
+from model.lora import BASE, A, B, LoraConfig, add_adapters, is_adapter, merged, plain_name, within
 from model.transformer import Transformer
 from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps, faults, folder_name
 
+NEW = "score."  # with which the names of a head for labels begin
+
+
+def lora_of(cfg: RunConfig) -> LoraConfig | None:
+    return cfg.lora if isinstance(cfg, FinetuneConfig) else None
+
 
 def build_model(cfg: RunConfig) -> Transformer:
-    """The model that a run of this config trains; its parameters have no values."""
+    """The model that a run of this config trains, with its adapters; its parameters have no values. Raises LoraError."""
+    model, lora = build_plain(cfg), lora_of(cfg)
+    if lora is not None:
+        add_adapters(model, lora, (NEW,))
+    return model
+
+
+def build_plain(cfg: RunConfig) -> Transformer:
+    """The model that comes out of the run; its parameters have no values."""
     if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ClassifyTask | TagTask):
         return Classifier(cfg.model, len(cfg.task.labels))
     return Transformer(cfg.model)
@@ -52,9 +67,22 @@ class Checkpoint:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.run_dir / "tokenizer")
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the weights that read_weight has."""
+        shapes = self.reader.manifest.shapes
+        return {plain_name(name): tuple(shape) for name, shape in shapes.items() if not is_adapter(name)}
+
     def read_weight(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flattened parameter, fp32."""
-        return self.reader.read(name, "weight", start, stop)
+        """Elements [start, stop) of a flattened parameter of the model without adapters, which are merged; fp32."""
+        lora = lora_of(self.cfg)
+        if lora is None or within(name, BASE) not in self.reader.manifest.shapes:
+            return self.reader.read(name, "weight", start, stop)
+        weight = self.reader.read(within(name, BASE), "weight", start, stop)
+        if not name.endswith(".weight"):
+            return weight
+        a, b = (self.reader.tensor(within(name, part)) for part in (A, B))
+        return merged(weight, a, b, lora.scaling, start)
 
     @property
     def label_head(self) -> LabelHead | None:
@@ -67,12 +95,40 @@ class Checkpoint:
         )
 
     def model(self, rounded_to: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32) -> Transformer:
-        """The model in eval mode, computing in `dtype` with weights that were rounded to `rounded_to` before."""
-        model = build_model(self.cfg).to(dtype)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(self.reader.tensor(name).to(rounded_to))
-        return model.eval()
+        """The model as it was trained, in eval mode, computing in `dtype` with weights that were rounded to `rounded_to`
+        before."""
+        return _filled(build_model(self.cfg).to(dtype), self.reader.tensor, rounded_to)
+
+    def merged_model(self, rounded_to: torch.dtype = torch.float32) -> Transformer:
+        """The model with its adapters merged into its weights, else as `model` gives it."""
+
+        def read(name: str) -> Tensor:
+            shape = torch.Size(self.shapes[name])
+            return self.read_weight(name, 0, shape.numel()).view(shape)
+
+        return _filled(build_plain(self.cfg), read, rounded_to)
+
+
+@torch.no_grad()
+def _filled(model: Transformer, read: Callable[[str], Tensor], rounded_to: torch.dtype) -> Transformer:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(read(name).to(rounded_to))
+    return model.eval()
+
+
+def told_trained(cfg: RunConfig, shapes: Mapping[str, tuple[int, ...]], trained: frozenset[str]) -> str:
+    """What of a model's parameters is trained, in words. shapes: of all; trained: their names."""
+    counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    part, whole = sum(counts[name] for name in trained), sum(counts.values())
+    lora = lora_of(cfg)
+    assert lora is not None, "all of them"
+    targets = sorted({name.split(A)[0].rpartition(".")[2] for name in shapes if A in name})
+    heads = sorted(name for name in trained if not is_adapter(name))
+    of_heads = f", and {', '.join(heads)} in full" if heads else ""
+    return (
+        f"trains {part:,} of {whole:,} parameters ({100 * part / whole:.2g} %), LoRA rank {lora.rank} on "
+        f"{', '.join(targets)}{of_heads}"
+    )
 
 
 def open_checkpoint(run_dir: Path, step: int | None, fall_back: bool = False, hashed: bool = True) -> Checkpoint:

@@ -49,6 +49,8 @@ class HuggingFaceTokenizer(TokenizerBase):
         self.eos_id = vocab[eos_token]
         self.bos_id = vocab.get(fast.bos_token)
         self.pad_id = vocab.get(fast.pad_token)
+        self.cls_id = vocab.get(fast.cls_token, self.bos_id)
+        self.mask_id = vocab.get(fast.mask_token)
         unknown = [vocab[fast.unk_token]] if fast.unk_token in vocab else []
         self._unknown_ids = np.array(unknown + _byte_tokens(self._backend, vocab), dtype=np.int32)
         self.special_tokens = sorted(token.content for token in fast.added_tokens_decoder.values() if token.special)
@@ -177,7 +179,7 @@ def _read(folder: Path) -> Any:
 
 
 def _eos_token(folder: Path, fast: Any, asked: str | None) -> str:
-    token: str | None = asked or fast.eos_token
+    token: str | None = asked or fast.eos_token or fast.sep_token  # a BERT's texts end with [SEP]
     special = [token.content for token in fast.added_tokens_decoder.values() if token.special]
     choice = f"one of its own, such as {', '.join(map(repr, special[:8]))}" if special else "one of its vocabulary"
     if token is None:

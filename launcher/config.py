@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationEr
 from data.config import DataConfig
 from data.urls import SECRET, redact
 from launcher.task_config import TaskConfig
-from model.config import ModelConfig
+from model.hf_config import AnyModelConfig
 from parallel.config import CheckpointConfig, OptimConfig, ParallelConfig
 
 
@@ -124,7 +124,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """The whole of it. A section is declared beside its owner."""
 
     run: RunSection
-    model: ModelConfig
+    model: AnyModelConfig  # Longhaul's own decoder; with family: hf, a model that transformers builds
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -215,7 +215,7 @@ class OriginConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         str  # xxh3-128 of what the checkpoint's manifest says, which has every file's hash; or of the folder's files
     )
     tokenizer: str  # fingerprint
-    model: ModelConfig
+    model: AnyModelConfig
 
 
 class FinetuneConfig(RunConfig, frozen=True, extra="forbid", strict=True):

@@ -12,20 +12,23 @@ from torch import Tensor
 
 from data.fast_tokenizer import before_text, load_exported
 from data.tokenizer import Tokenizer
-from launcher.config import FinetuneConfig, RunConfig, validate
+from launcher.config import ConfigError, FinetuneConfig, RunConfig, validate
 from launcher.task_config import ClassifyTask, TagTask
 from model.classifier import Classifier
+from model.config import ModelConfig
 from model.hf import LabelHead
 from model.hf_folder import DTYPES, is_hf_folder, read_config, read_model
-from model.transformer import Transformer
+from model.network import Network, build_network
 from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps, faults, folder_name
 
 
-def build_model(cfg: RunConfig) -> Transformer:
+def build_model(cfg: RunConfig) -> Network:
     """The model that a run of this config trains; its parameters have no values."""
     if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ClassifyTask | TagTask):
+        if not isinstance(cfg.model, ModelConfig):
+            raise ConfigError(f"task.kind={cfg.task.kind} has no head for model.family=hf yet; use kind: text")
         return Classifier(cfg.model, len(cfg.task.labels))
-    return Transformer(cfg.model)
+    return build_network(cfg.model)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Checkpoint:
             else None
         )
 
-    def model(self, rounded_to: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32) -> Transformer:
+    def model(self, rounded_to: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32) -> Network:
         """The model in eval mode, computing in `dtype` with weights that were rounded to `rounded_to` before."""
         model = build_model(self.cfg).to(dtype)
         with torch.no_grad():
@@ -110,7 +113,7 @@ def open_checkpoint(run_dir: Path, step: int | None, fall_back: bool = False, ha
 class Trained:
     """A model in memory, and what turns text into its tokens."""
 
-    model: Transformer
+    model: Network
     tokenizer: Tokenizer
     checkpoint: Checkpoint | None  # None: it is of a Hugging Face folder
     before: tuple[int, ...] = ()  # ids that the folder's tokenizer puts before every text
@@ -144,6 +147,6 @@ def load_trained(place: Path, step: int | None, dtype: torch.dtype | None = None
     return Trained(_placed(model), tokenizer, None, tuple(before_text(tokenizer)))
 
 
-def _placed(model: Transformer) -> Transformer:
+def _placed(model: Network) -> Network:
     device = torch.accelerator.current_accelerator()
     return model if device is None or not torch.accelerator.is_available() else model.to(device)

@@ -17,7 +17,7 @@ import json
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, PlainValidator, model_validator
+from pydantic import BaseModel, PlainSerializer, PlainValidator, SerializationInfo, model_validator
 from torch import nn
 
 from model.config import Count, ModelConfig
@@ -192,7 +192,11 @@ def pick_model(raw: Any) -> ModelConfig | HfModelConfig:
     return ModelConfig.model_validate(raw)
 
 
-AnyModelConfig = Annotated[ModelConfig | HfModelConfig, PlainValidator(pick_model)]
+def _dump(cfg: ModelConfig | HfModelConfig, info: SerializationInfo) -> dict[str, Any]:
+    return cfg.model_dump(mode=info.mode)
+
+
+AnyModelConfig = Annotated[ModelConfig | HfModelConfig, PlainValidator(pick_model), PlainSerializer(_dump)]
 
 
 def is_masked(cfg: ModelConfig | HfModelConfig) -> bool:

@@ -127,7 +127,7 @@ class FolderOrigin(Origin):
         except ValueError as error:
             raise ConfigError(f"init: {error}") from None
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
-        if self.model.tie_embeddings:
+        if isinstance(self.model, ModelConfig) and self.model.tie_embeddings:
             del self.shapes[HEAD]  # which is embed.weight
         if self.tokenizer.vocab_size > self.model.vocab_size:
             raise ConfigError(

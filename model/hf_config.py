@@ -43,6 +43,9 @@ _OURS = {
 # What a model would become with these is not what this family trains.
 _REFUSED = ("is_decoder", "add_cross_attention", "chunk_size_feed_forward", "quantization_config", "auto_map",
             "trust_remote_code", "is_encoder_decoder", "problem_type", "id2label", "label2id", "num_labels")  # fmt: skip
+_LABELS = ("problem_type", "id2label", "label2id", "num_labels")  # of a head, which a folder may have
+_NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path", "model_type", "use_cache", "return_dict",
+                     "output_hidden_states", "output_attentions", "position_embedding_type")  # fmt: skip
 
 
 class HfModelConfig(BaseModel, frozen=True, extra="forbid"):
@@ -131,6 +134,32 @@ def to_transformers(cfg: HfModelConfig, **more: Any) -> Any:
     given = {key: value for key, value in cfg.config.items() if key != "model_type"}
     sizes = {"vocab_size": cfg.vocab_size, "max_position_embeddings": cfg.seq_len}
     return CONFIG_MAPPING[cfg.model_type](**{**given, **sizes, **more})
+
+
+def from_transformers(raw: dict[str, Any], objective: Objective) -> HfModelConfig:
+    """cfg of the content of a folder's config.json. Raises ValueError for a model that cannot be trained here."""
+    kind = raw.get("model_type")
+    if kind not in TESTED[objective]:
+        raise ValueError(f"model_type {kind!r} is none of {', '.join(TESTED[objective])}")
+    from transformers import CONFIG_MAPPING
+
+    theirs = CONFIG_MAPPING[kind].from_dict(raw)
+    plain = CONFIG_MAPPING[kind]().to_dict()
+    found = theirs.to_dict()
+    if differs := [key for key in _REFUSED if key not in _LABELS and found.get(key) != plain.get(key)]:
+        raise ValueError(f"{differs[0]}={found[differs[0]]!r} makes another kind of model of it than is trained here")
+    set_here = {theirs.attribute_map.get(key, key) for key in (*_OURS, *_REFUSED)} | set(_NOT_OF_THE_MODEL)
+    config = {
+        key: value for key, value in found.items() if key in plain and key not in set_here and value != plain[key]
+    }
+    length: int = theirs.max_position_embeddings
+    return HfModelConfig(
+        family="hf",
+        objective=objective,
+        vocab_size=theirs.vocab_size,
+        seq_len=length,
+        config={"model_type": kind, **config},
+    )
 
 
 def build_unset(cfg: HfModelConfig) -> nn.Module:

@@ -44,6 +44,7 @@ _OURS = {
 _REFUSED = ("is_decoder", "add_cross_attention", "chunk_size_feed_forward", "quantization_config", "auto_map",
             "trust_remote_code", "is_encoder_decoder", "problem_type", "id2label", "label2id", "num_labels")  # fmt: skip
 _LABELS = ("problem_type", "id2label", "label2id", "num_labels")  # of a head, which a folder may have
+_OF_HEADS = ("classifier_dropout", "qa_dropout", "seq_classif_dropout", "summary_first_dropout", "summary_last_dropout")
 _NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path", "model_type", "use_cache", "return_dict",
                      "output_hidden_states", "output_attentions", "position_embedding_type")  # fmt: skip
 
@@ -95,10 +96,11 @@ class HfModelConfig(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def dropout(self) -> float:
-        """The largest of the model's dropout probabilities."""
-        config = to_transformers(self).to_dict()
-        found = [value for key, value in config.items() if ("drop" in key) and isinstance(value, int | float)]
-        return max(map(float, found), default=0.0)
+        """The largest of the dropout probabilities, but for those of heads that are not for tokens."""
+        found = [
+            value for key, value in to_transformers(self).to_dict().items() if "drop" in key and key not in _OF_HEADS
+        ]
+        return max((float(value) for value in found if value is not None), default=0.0)
 
     @property
     def init_std(self) -> float:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, model_validator
 from data.cache import CacheConfig
 from data.clean import CleanConfig
 from data.lanes import StreamConfig
+from data.masking import MaskingConfig
 from data.sources import CorpusConfig, EmbeddedConfig, MegatronConfig, SourceConfig
 from data.tokenizer import TokenizerConfig
 from data.urls import ENVIRONMENT, leaves, secret_in
@@ -75,6 +76,7 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     # A corpus read from a URL needs it: held locally of each source are the group in use, the next, and one to evaluate
     shuffle_shards: Annotated[int, Field(ge=1)] | None = None
     cache: CacheConfig = CacheConfig()  # of shards read from a URL, on each node's disk
+    masking: MaskingConfig | None = None  # of a masked model, which must have it
     # instead of a prepared corpus: raw text, tokenized while the run reads it; then corpus is for held-out text alone
     stream: StreamConfig | None = None
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders
+from tokenizers import decoders, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.hf_tokenizer import JSON_FILE, HuggingFaceTokenizer
@@ -60,15 +60,20 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(tokenizer.eos_id, tokenizer.eos_id, other if tokenizer.pad_id is None else tokenizer.pad_id)
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, seq_len: int, texts: Sequence[str]) -> Exported:
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, seq_len: int, texts: Sequence[str], masked: bool = False
+) -> Exported:
     """Write the tokenizer to a folder, and prove its ids on texts and ADVERSARIAL.
+
+    masked: of a masked model: it puts [CLS] before a text and [SEP] after it, and takes the name of its token for masks in
+    a text for that token.
 
     The folder has its config.json already, as that is a part of what AutoTokenizer decides by.
     A SentencePiece model whose ids cannot be proved is written as it is to folder/sentencepiece, and the notes say why.
     Raises TokenizerError where a Hugging Face tokenizer gives other ids through AutoTokenizer than in training.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return _write_sentencepiece(tokenizer, folder, seq_len, texts)
+        return _write_sentencepiece(tokenizer, folder, seq_len, texts, masked)
     assert isinstance(tokenizer, HuggingFaceTokenizer), type(tokenizer)
     exported = Exported()
     files = tokenizer.files()
@@ -79,16 +84,17 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, seq_len: int, texts: Seq
     for name, content in (files | {CONFIG_FILE: as_json(config)}).items():
         (folder / name).write_bytes(content)
     plain = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if added := plain("").input_ids:
+    if masked:
+        backend = Backend.from_str(files[JSON_FILE].decode())
+        backend.post_processor = _template(backend, tokenizer)
+        (folder / JSON_FILE).write_text(backend.to_str(pretty=True), encoding="utf-8")
+    elif added := plain("").input_ids:
         tree = json.loads(files[JSON_FILE])
         tree["post_processor"] = None
         (folder / JSON_FILE).write_bytes(as_json(tree))
         exported.notes.append(f"the template that adds the ids {added} to a text is left out: the run trained without")
     if not config.get("split_special_tokens"):
-        exported.notes.append(
-            "the names of special tokens in a text become those tokens, unless AutoTokenizer.from_pretrained is given "
-            "split_special_tokens=True; in training they were text"
-        )
+        exported.notes.append(_NAMES_ARE_TOKENS)
     if difference := prove(tokenizer, folder, texts, exported):
         raise TokenizerError(
             f"AutoTokenizer gives other ids than this run's tokenizer: {difference}. A folder that says otherwise is not "
@@ -97,8 +103,24 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, seq_len: int, texts: Seq
     return exported
 
 
+_NAMES_ARE_TOKENS = (
+    "the names of special tokens in a text become those tokens, unless AutoTokenizer.from_pretrained is given "
+    "split_special_tokens=True; in training they were text"
+)
+
+
+def _template(backend: Backend, tokenizer: Tokenizer) -> processors.TemplateProcessing:
+    """What stands around a text of a masked model, or around two."""
+    assert tokenizer.cls_id is not None
+    ids = tokenizer.cls_id, tokenizer.sep_id
+    cls, sep = (str(backend.id_to_token(i)) for i in ids)
+    return processors.TemplateProcessing(
+        single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B {sep}", special_tokens=[(cls, ids[0]), (sep, ids[1])]
+    )
+
+
 def _write_sentencepiece(
-    tokenizer: SentencePieceTokenizer, folder: Path, seq_len: int, texts: Sequence[str]
+    tokenizer: SentencePieceTokenizer, folder: Path, seq_len: int, texts: Sequence[str], masked: bool
 ) -> Exported:
     exported, ids = Exported(), special_ids(tokenizer)
     why = f"SentencePiece {tokenizer.model_type} models have no equal there"
@@ -108,17 +130,26 @@ def _write_sentencepiece(
         names = {name: pieces[i] for name, i in named}
         begin = tokenizer.bos_id  # <s>, which no text of a run has
         others = [] if begin is None or begin < 0 or begin in (*ids, tokenizer.unk_id) else [pieces[begin]]
+        backend = _backend(tokenizer)
+        if tokenizer.mask_id is not None:
+            names["mask_token"] = pieces[tokenizer.mask_id]
+        if masked:
+            assert tokenizer.cls_id is not None
+            names |= {"cls_token": pieces[tokenizer.cls_id], "sep_token": pieces[tokenizer.sep_id]}
+            others = []
+            backend.post_processor = _template(backend, tokenizer)
+            exported.notes.append(_NAMES_ARE_TOKENS)
         before = set(os.listdir(folder))
         PreTrainedTokenizerFast(
-            tokenizer_object=_backend(tokenizer),
+            tokenizer_object=backend,
             **names,
             additional_special_tokens=others,
-            split_special_tokens=True,  # "</s>" in a text stays text, as in training
+            split_special_tokens=not masked,  # "</s>" in a text stays text, as in training
             clean_up_tokenization_spaces=False,
             model_input_names=_INPUTS,
             model_max_length=seq_len,
         ).save_pretrained(folder)
-        if not (why := prove(tokenizer, folder, texts, exported)):
+        if not (why := prove(tokenizer, folder, texts, exported, names_are_tokens=masked)):
             return exported
         for name in set(os.listdir(folder)) - before:
             (folder / name).unlink()
@@ -137,12 +168,17 @@ def _backend(tokenizer: SentencePieceTokenizer) -> Backend:
     return backend
 
 
-def prove(tokenizer: Tokenizer, folder: Path, texts: Sequence[str], exported: Exported) -> str:
-    """Where ids or their text first differ between the tokenizer and AutoTokenizer's, in words; "" for nowhere."""
+def prove(
+    tokenizer: Tokenizer, folder: Path, texts: Sequence[str], exported: Exported, names_are_tokens: bool = True
+) -> str:
+    """Where ids or their text first differ between the tokenizer and AutoTokenizer's, in words; "" for nowhere.
+
+    names_are_tokens: whether AutoTokenizer takes the names of special tokens for them, if it is not told otherwise.
+    """
     theirs: Any = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, split_special_tokens=True
     )
-    if isinstance(tokenizer, SentencePieceTokenizer):  # as it is when nobody asks for anything
+    if not names_are_tokens:  # then as it is when nobody asks for anything
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if len(theirs) != tokenizer.vocab_size:
         return f"it has {len(theirs)} tokens, the run's {tokenizer.vocab_size}"
@@ -150,7 +186,7 @@ def prove(tokenizer: Tokenizer, folder: Path, texts: Sequence[str], exported: Ex
         return f"its eos_token_id is {theirs.eos_token_id}, the run's {tokenizer.eos_id}"
     n_tokens = n_characters = 0
     for text in [*texts, *ADVERSARIAL]:
-        expected, found = tokenizer.encode(text), theirs(text, verbose=False).input_ids
+        expected, found = tokenizer.encode(text), theirs(text, verbose=False, add_special_tokens=False).input_ids
         if expected.tolist() != found:
             n = min(len(expected), len(found))
             first = next((i for i in range(n) if expected[i] != found[i]), n)

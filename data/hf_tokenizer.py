@@ -49,6 +49,8 @@ class HuggingFaceTokenizer(TokenizerBase):
         self.eos_id = vocab[eos_token]
         self.bos_id = vocab.get(fast.bos_token)
         self.pad_id = vocab.get(fast.pad_token)
+        self.cls_id = vocab.get(fast.cls_token, self.bos_id)
+        self.mask_id = vocab.get(fast.mask_token)
         unknown = [vocab[fast.unk_token]] if fast.unk_token in vocab else []
         self._unknown_ids = np.array(unknown + _byte_tokens(self._backend, vocab), dtype=np.int32)
         self.special_tokens = sorted(token.content for token in fast.added_tokens_decoder.values() if token.special)
@@ -119,6 +121,29 @@ class HuggingFaceTokenizer(TokenizerBase):
         places = (n for n in range(len(whole)) if whole[n : n + len(text)] == text)
         return list(whole[: next(places, 0)])
 
+    # -- its pieces ----------------------------------------------------------------------------------------------------
+
+    def pieces(self) -> list[str]:
+        """The text of each id, with a space where a word begins, or as the model writes it where it has a word_prefix.
+
+        U+FFFD for a part of a character.
+        """
+        pieces = [self._backend.id_to_token(i) or "" for i in range(self.vocab_size)]
+        if "ByteLevel" in _types(self._backend, "pre_tokenizer") | _types(self._backend, "decoder"):
+            to_byte = {char: byte for byte, char in enumerate(_byte_characters())}
+            return [
+                bytes(to_byte[char] for char in piece).decode("utf-8", "replace")
+                if all(char in to_byte for char in piece)
+                else piece
+                for piece in pieces
+            ]
+        return [piece.replace("\u2581", " ") for piece in pieces]
+
+    @property
+    def word_prefix(self) -> str | None:
+        """What a piece begins with that goes on with a word, "##" of most WordPiece models; None of other models."""
+        return getattr(self._backend.model, "continuing_subword_prefix", None) or None
+
     def save(self, folder: str | Path) -> None:
         write_folder(Path(folder), self.files())
 
@@ -154,6 +179,20 @@ class HuggingFaceTokenizer(TokenizerBase):
         return xxhash.xxh3_64_hexdigest((self.folder / JSON_FILE).read_bytes() + json.dumps(settings).encode())
 
 
+def _types(backend: Any, part: str) -> set[str]:
+    """The types of a part of a tokenizer.json, which may be a sequence of others."""
+    tree = json.loads(backend.to_str())[part] or {}
+    inner = tree.get("pretokenizers") or tree.get("decoders") or []
+    return {tree.get("type"), *(each["type"] for each in inner)}
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary: itself if it shows, else one from U+0100 on."""
+    shows = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in shows else chr(next(hidden)) for byte in range(256)]
+
+
 def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:
     model_config = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
     for name, content in ((CONFIG_FILE, config), ("config.json", model_config)):
@@ -177,7 +216,7 @@ def _read(folder: Path) -> Any:
 
 
 def _eos_token(folder: Path, fast: Any, asked: str | None) -> str:
-    token: str | None = asked or fast.eos_token
+    token: str | None = asked or fast.eos_token or fast.sep_token  # a BERT's texts end with [SEP]
     special = [token.content for token in fast.added_tokens_decoder.values() if token.special]
     choice = f"one of its own, such as {', '.join(map(repr, special[:8]))}" if special else "one of its vocabulary"
     if token is None:

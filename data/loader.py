@@ -26,9 +26,9 @@ from data.corpus import Corpus
 from data.dataset import Dataset
 from data.errors import DataError
 from data.layout import Rows
+from data.masking import IGNORE, Masker
 from data.order import permute
 
-IGNORE = -100  # a target that counts for nothing, as torch's cross-entropy has it
 AHEAD_TOKENS = 2**18  # of a rank that are read at a time: with small steps several, whose overhead is then shared
 EVAL_KEY = 0  # of the fixed order in which held-out windows are taken
 
@@ -53,7 +53,8 @@ class StepBatch:
 class Loader(Iterator[StepBatch]):
     """Endless iterator over the steps' batches of one rank; epochs follow each other, each in an order of its own.
 
-    samples: number of the first sample to read.    prefetch: batches made ready ahead; more of small ones.
+    samples: number of the first sample to read.    masker: of a masked model.
+    prefetch: batches made ready ahead; more of small ones.
     Raises BatchError when the batch does not divide, or the dataset has fewer windows than one global batch.
     Call close() when done, or use it as a context manager.
     """
@@ -68,6 +69,7 @@ class Loader(Iterator[StepBatch]):
         dp_size: int,
         samples: int = 0,
         prefetch: int = 2,
+        masker: Masker | None = None,
     ) -> None:
         _check_rank(micro_batch_size, dp_rank, dp_size)
         if global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size):
@@ -86,7 +88,7 @@ class Loader(Iterator[StepBatch]):
             raise BatchError(f"prefetch={prefetch}; expected at least 1 batch")
         if samples < 0:
             raise BatchError(f"samples={samples}; expected 0 or more")
-        self.dataset = dataset
+        self.dataset, self._masker = dataset, masker
         self._samples = samples
         self._global_batch_size, self._dp_rank = global_batch_size, dp_rank
         self._shape = (global_batch_size // (micro_batch_size * dp_size), dp_size, micro_batch_size)  # (A, ranks, B)
@@ -104,7 +106,7 @@ class Loader(Iterator[StepBatch]):
     @property
     def fixed_targets(self) -> bool:
         """Whether every target counts, so that a batch's n_targets is the step's."""
-        return self.dataset.fixed_targets
+        return self.dataset.fixed_targets and self._masker is None
 
     def cursor(self) -> dict[str, Any]:
         """Where the run stands: the number of the next sample (prefetched ones are not past), and what it refers to."""
@@ -194,13 +196,14 @@ class Loader(Iterator[StepBatch]):
         samples = np.stack(every).reshape(steps, *self._shape)[:, :, self._dp_rank]
         self.dataset.prefetch(every[-1])
         rows = self.dataset.read(samples.ravel())
-        tokens, targets, documents = _tensors(rows, samples.shape)
+        keys = None if self._masker is None else [self._masker.key(sample) for sample in samples.ravel().tolist()]
+        tokens, targets, documents = _tensors(rows, samples.shape, self._masker, keys)
         if self._pin:
             tokens, targets = tokens.pin_memory(), targets.pin_memory()
             documents = None if documents is None else documents.pin_memory()
         n_targets = [self._global_batch_size * self.dataset.seq_len] * steps
-        if rows.counted is not None:
-            n_targets = rows.counted.reshape(steps, -1).sum(axis=1).tolist()
+        if not self.fixed_targets:
+            n_targets = (targets != IGNORE).view(steps, -1).sum(dim=1).tolist()
         read = rows.tokens.reshape(steps, -1)
         return [
             StepBatch(
@@ -219,11 +222,17 @@ def digest(samples: NDArray[np.int64], tokens: NDArray[np.int64]) -> int:
 
 
 def eval_batches(
-    corpus: Corpus, max_windows: int, micro_batch_size: int, dp_rank: int, dp_size: int
+    corpus: Corpus,
+    max_windows: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    masker: Masker | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """(tokens, targets, documents), (B, T) each, over the first max_windows of a fixed order, or all there are.
 
     tokens and targets are int64, documents int32, or None where the corpus was opened without document_mask.
+    masker: of a masked model; a window always hides the same tokens.
 
     Every rank gets the same number of batches; rows that fill the last ones have targets -100, so that each window
     counts once at any world size. Raises BatchError when the corpus has no window or max_windows < 1.
@@ -243,13 +252,26 @@ def eval_batches(
         positions = np.arange(first, first + micro_batch_size, dtype=np.int64)
         real = np.minimum(positions, count - 1)
         windows = permute(real, corpus.n_windows, EVAL_KEY) if corpus.shards_at_once is None else order(real)[1]
-        tokens, targets, documents = _tensors(corpus.read_in_order(order, real, windows), (micro_batch_size,))
+        keys = None if masker is None else [masker.held_out_key(window) for window in windows.tolist()]
+        rows = corpus.read_in_order(order, real, windows)
+        tokens, targets, documents = _tensors(rows, (micro_batch_size,), masker, keys)
         targets[torch.from_numpy(positions >= count)] = IGNORE
         yield tokens, targets, documents
 
 
-def _tensors(rows: Rows, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows of n windows as tokens, targets and documents of shape (*shape, T), each in memory of its own."""
+def _tensors(
+    rows: Rows, shape: tuple[int, ...], masker: Masker | None = None, keys: list[str] | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows of n windows as tokens, targets and documents of shape (*shape, T), each in memory of its own.
+
+    masker and keys: of a masked model, as Masker.hide takes them.
+    """
+    if masker is not None and keys is not None:
+        hidden = masker.hide(rows.tokens, rows.documents, keys)
+        made = [None if part is None else torch.from_numpy(part).view(*shape, -1) for part in hidden]
+        assert made[0] is not None
+        assert made[1] is not None
+        return made[0], made[1], made[2]
     both = torch.from_numpy(rows.tokens)
     length = both.shape[1] - 1
     tokens = both[:, :-1].contiguous().view(*shape, length)

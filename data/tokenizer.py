@@ -65,6 +65,7 @@ class TokenizerConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     split_digits: bool = True  # every digit a token of its own
     path: str | None = None  # folder of an existing tokenizer to use; nothing is trained then
     eos_token: str | None = None  # huggingface: the token that ends a document, where its own config names none
+    mask_token: str | None = None  # to train SentencePiece with, for masked models: a token that no text has, "[MASK]"
     bulk: Bulk = "auto"  # auto: encode with gigatoken where its ids are proved equal; reference: never
 
     @model_validator(mode="after")
@@ -73,6 +74,15 @@ class TokenizerConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError("kind huggingface needs path, the folder with its tokenizer.json; nothing is trained")
         if self.kind != "huggingface" and self.eos_token is not None:
             raise ValueError(f"eos_token={self.eos_token!r} is for kind huggingface; a SentencePiece model has </s>")
+        if self.mask_token is not None and self.path is not None:
+            raise ValueError(
+                f"mask_token={self.mask_token!r} is to train a tokenizer with, and path={self.path} has one already: leave "
+                "it out; whether that one has a token for masks is in its own files"
+            )
+        if self.mask_token is not None and not re.fullmatch(r"\S{3,}", self.mask_token):
+            raise ValueError(
+                f"mask_token={self.mask_token!r}; expected three characters or more, without spaces, as [MASK]"
+            )
         return self
 
 
@@ -85,7 +95,11 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int
     pad_id: int | None
+    cls_id: int | None
+    mask_id: int | None
 
+    @property
+    def sep_id(self) -> int: ...
     @property
     def bulk(self) -> str: ...
     def encode(self, text: str) -> Ids: ...
@@ -134,7 +148,9 @@ def open_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
 class SentencePieceTokenizer(TokenizerBase):
     """A SentencePiece model. Made by load or train."""
 
-    def __init__(self, folder: Path, processor: Any, fingerprint: str, model_type: str, bulk: Bulk) -> None:
+    def __init__(
+        self, folder: Path, processor: Any, fingerprint: str, model_type: str, mask_token: str | None, bulk: Bulk
+    ) -> None:
         self.folder = folder
         self.model_type = model_type
         self.fingerprint = fingerprint  # xxh3-64 of tokenizer.model
@@ -143,6 +159,8 @@ class SentencePieceTokenizer(TokenizerBase):
         self.bos_id = processor.bos_id()
         self.eos_id = processor.eos_id()
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else None
+        self.cls_id = self.bos_id if self.bos_id >= 0 else None
+        self.mask_id = None if mask_token is None else processor.piece_to_id(mask_token)
         self.unk_id = processor.unk_id()  # never in a text, as what has no piece is written as bytes
         self._unknown_ids = np.array(
             [processor.unk_id(), *(i for i in range(self.vocab_size) if processor.is_byte(i))], dtype=np.int32
@@ -166,7 +184,7 @@ class SentencePieceTokenizer(TokenizerBase):
         recorded = read_config(config)
         try:
             fingerprint, vocab_size = recorded["fingerprint"], recorded["vocab_size"]
-            model_type = recorded["training"]["model_type"]
+            model_type, mask_token = recorded["training"]["model_type"], recorded["training"].get("mask_token")
         except (KeyError, TypeError) as error:
             raise TokenizerError(f"{config} is damaged ({error!r}); restore the folder or train again") from None
         payload = model.read_bytes()
@@ -175,7 +193,7 @@ class SentencePieceTokenizer(TokenizerBase):
                 f"{model} has fingerprint {found}, {CONFIG_FILE} says {fingerprint}: it was changed or damaged; "
                 "restore the folder or train again"
             )
-        tokenizer = cls(folder, _processor(payload), fingerprint, model_type, bulk)
+        tokenizer = cls(folder, _processor(payload), fingerprint, model_type, mask_token, bulk)
         if tokenizer.vocab_size != vocab_size:
             raise TokenizerError(
                 f"{model} has {tokenizer.vocab_size} pieces, {CONFIG_FILE} says {vocab_size!r}; restore the folder"
@@ -334,6 +352,7 @@ def train(
         "fingerprint": xxhash.xxh3_64_hexdigest(payload),
         "training": {
             **cfg.model_dump(include={"model_type", "train_bytes", "character_coverage", "split_digits"}),
+            **({} if cfg.mask_token is None else {"mask_token": cfg.mask_token}),
             "sampled_bytes": sum(len(stretch.encode()) for stretch in sample),
             "sentencepiece": sentencepiece.__version__,
         },
@@ -389,6 +408,7 @@ def _train_model(sample: list[str], cfg: TokenizerConfig) -> bytes:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_by_unicode_script=False,
+            control_symbols=[] if cfg.mask_token is None else [cfg.mask_token],
             max_sentence_length=2**16,  # above any stretch: a longer one would be left out
             unk_id=0,
             bos_id=1,

@@ -30,6 +30,8 @@ class TokenizerBase(ABC):
     bos_id: int | None
     eos_id: int
     pad_id: int | None
+    cls_id: int | None  # what stands before the text of a row of a masked model, [CLS]
+    mask_id: int | None  # what stands in the place of a hidden token, [MASK]
     _bulk: BulkEncoder
     _unknown_ids: NDArray[np.int32]
 
@@ -46,6 +48,11 @@ class TokenizerBase(ABC):
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
+
+    @property
+    def sep_id(self) -> int:
+        """What stands after a text of a masked model, [SEP]: as in a corpus, what ends a document."""
+        return self.eos_id
 
     @property
     def bulk(self) -> str:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationEr
 from data.config import DataConfig
 from data.urls import SECRET, redact
 from launcher.task_config import TaskConfig
-from model.config import ModelConfig
+from model.hf_config import AnyModelConfig, is_masked
 from model.lora import LoraConfig
 from parallel.config import CheckpointConfig, OptimConfig, ParallelConfig
 
@@ -125,7 +125,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """The whole of it. A section is declared beside its owner."""
 
     run: RunSection
-    model: ModelConfig
+    model: AnyModelConfig  # Longhaul's own decoder; with family: hf, a model that transformers builds
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -150,6 +150,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"optim.warmup_steps={self.optim.warmup_steps} and optim.decay_steps={self.optim.decay_steps} "
                 f"do not fit into train.steps={self.train.steps}; make them at most {self.train.steps} together"
             )
+        wrong += self._wrong_of_masking()
         bad_steps = self.train.bad_steps
         if bad_steps.may_rewind and self.data.stream is not None:
             wrong.append(
@@ -165,6 +166,35 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError("\n".join(wrong))
         return self
 
+    def _wrong_of_masking(self) -> list[str]:
+        masked = is_masked(self.model) and self.reads_text
+        if not masked and self.data.masking is not None and not is_masked(self.model):
+            return ["data.masking: set, and without effect on a model that is not masked; leave it out"]
+        if not masked:
+            return []
+        wrong = []
+        if self.data.masking is None:
+            wrong.append("data.masking: missing, and model.objective=masked needs it; {} hides 15 % of the tokens")
+        if self.data.tokenizer.path is None and self.data.tokenizer.mask_token is None:
+            wrong.append(
+                'data.tokenizer.mask_token: missing, and a masked model needs a tokenizer that has one: set it to "[MASK]"'
+            )
+        if self.data.stream is not None:
+            wrong.append("data.stream: tokens of raw text cannot be hidden on the way; prepare a corpus")
+        if self.data.packing == "best_fit" and not self.data.document_mask:
+            wrong.append(
+                "data.packing: best_fit pads rows, and a masked model would attend to the padding; set data.document_mask: "
+                "true, or packing: windows"
+            )
+        if self.eval.prompts:
+            wrong.append("eval.prompts: a masked model continues no text; leave them out")
+        return wrong
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether what is trained on is the text of the data section, not examples of a task."""
+        return True
+
     @property
     def run_dir(self) -> Path:
         return Path(self.run.folder) / self.run.name
@@ -176,8 +206,8 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     @property
     def what_counts(self) -> str:
-        """The name of what losses are means over."""
-        return "tokens"
+        """The name of what a run's tokens are counted by: what losses are means over, but of a masked model all it reads."""
+        return "tokens read" if is_masked(self.model) else "tokens"
 
     @property
     def flops_per_token(self) -> int:
@@ -221,7 +251,7 @@ class OriginConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         str  # xxh3-128 of what the checkpoint's manifest says, which has every file's hash; or of the folder's files
     )
     tokenizer: str  # fingerprint
-    model: ModelConfig
+    model: AnyModelConfig
 
 
 class FinetuneConfig(RunConfig, frozen=True, extra="forbid", strict=True):
@@ -243,7 +273,11 @@ class FinetuneConfig(RunConfig, frozen=True, extra="forbid", strict=True):
 
     @property
     def what_counts(self) -> str:
-        return "tokens" if self.task.kind == "text" else "targets"
+        return super().what_counts if self.reads_text else "targets"
+
+    @property
+    def reads_text(self) -> bool:
+        return self.task.kind == "text"
 
 
 def _nearest_divisors(whole: int, by: int, near: int) -> list[int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from data.tokenizer import Tokenizer
 from launcher.sampling import check_options, draw
 from model.cache import KVCache, next_logits
+from model.network import Network
 from model.transformer import Transformer
 
 
@@ -75,13 +76,14 @@ class Row:
 
 
 def continue_prompts(
-    model: Transformer,
+    model: Network,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     options: Options,
     on_text: Callable[[int, str], None] = lambda number, text: None,
 ) -> list[Row]:
     """A finished row for each prompt. on_text: is given (number of the prompt, more of its settled text) as it comes."""
+    assert isinstance(model, Transformer), "others were refused before"
     rows = [Row(tokenizer, prompt, options) for prompt in prompts]
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):

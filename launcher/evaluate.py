@@ -30,6 +30,7 @@ from data.errors import DataError
 from data.formats import Bad, Document
 from data.loader import IGNORE, eval_batches
 from data.manifest import MANIFEST
+from data.masking import Masker
 from data.sources import FilesConfig, JsonlConfig, Limits, TextConfig, documents, open_source
 from data.store import is_url
 from data.tokenizer import Tokenizer
@@ -37,7 +38,9 @@ from launcher.config import ConfigError, FinetuneConfig, RunConfig
 from launcher.evaluate_task import on_examples, task_table
 from launcher.held_out import Batch, Sums, bits_per_byte, combine, perplexity, sum_losses
 from launcher.results import keep, refuse_other_data
+from launcher.run_data import masker_of
 from launcher.trained import Checkpoint, Trained, load_trained
+from model.hf_config import is_masked
 from model.hf_folder import DTYPES
 from parallel.checkpoint import CheckpointError
 
@@ -76,14 +79,15 @@ def on_corpus(trained: Trained, location: str | None, windows: int | None, batch
     cfg, valid = open_held_out(checkpoint.cfg, location)
     _check_tokenizer(trained, valid, cfg)
     count = checkpoint.cfg.eval.windows if windows is None else windows
-    sums = {name: _of_corpus(trained, corpus, count, batch) for name, corpus in valid.items()}
+    masker = masker_of(checkpoint.cfg, trained.tokenizer)
+    sums = {name: _of_corpus(trained, corpus, count, batch, masker) for name, corpus in valid.items()}
     losses = {name: of_source.nats / of_source.targets for name, of_source in sums.items()}
-    overall = combine(losses, _shares(checkpoint, valid), valid)
+    overall = combine(losses, _shares(checkpoint, valid), valid, masked=masker is not None)
     return {
         "text": "held out",
         "overall": {short: overall[key] for short, key in _LOGGED.items() if key in overall},
         "sources": {
-            name: Result(of_source, valid[name].bytes_per_token * of_source.targets).values()
+            name: Result(of_source, 0 if masker else valid[name].bytes_per_token * of_source.targets).values()
             for name, of_source in sums.items()
         },
     }
@@ -104,9 +108,10 @@ def open_held_out(run: RunConfig, location: str | None) -> tuple[DataConfig, dic
     return cfg, valid
 
 
-def _of_corpus(trained: Trained, corpus: Corpus, windows: int, batch: int) -> Sums:
+def _of_corpus(trained: Trained, corpus: Corpus, windows: int, batch: int, masker: Masker | None) -> Sums:
     with torch.inference_mode():
-        return sum_losses(trained.model, eval_batches(corpus, windows, batch, 0, 1), trained.model.embed.weight.device)
+        batches = eval_batches(corpus, windows, batch, 0, 1, masker)
+        return sum_losses(trained.model, batches, trained.model.embed.weight.device)
 
 
 def _check_tokenizer(trained: Trained, valid: dict[str, Corpus], cfg: DataConfig) -> None:
@@ -131,6 +136,11 @@ def _shares(checkpoint: Checkpoint, valid: dict[str, Corpus]) -> dict[str, float
 
 def on_texts(trained: Trained, paths: list[str], field: str, windows: int | None, batch: int) -> dict[str, Any]:
     """Every path is a source."""
+    if is_masked(trained.model.cfg):
+        raise ValueError(
+            "the loss of a masked model is on hidden tokens of a prepared corpus; prepare one of these texts with the run's "
+            "tokenizer (data.tokenizer.path) and name it with --data"
+        )
     results = {path: _of_source(trained, source_of(path, field), windows, batch) for path in dict.fromkeys(paths)}
     everything = Result(
         Sums(

@@ -11,6 +11,7 @@ from torch import Tensor
 from data.corpus import Corpus
 from data.errors import DataError
 from data.loader import eval_batches
+from data.masking import Masker
 from data.tokenizer import Tokenizer
 from launcher.config import RunConfig
 from launcher.held_out import combine, sum_losses
@@ -36,7 +37,7 @@ def evaluate_text(
 
     sample: number of one that the step read.    metrics: on rank 0.    enter: told of its phase before a forward pass.
     """
-    values = evaluate(cfg, engine, data.valid, data.shares(sample), metrics, step, enter)
+    values = evaluate(cfg, engine, data.valid, data.shares(sample), metrics, step, enter, data.masker)
     write_samples(cfg, engine, data.tokenizer, metrics, step)
     return values
 
@@ -49,34 +50,40 @@ def evaluate(
     metrics: MetricsLog | None,
     step: int,
     enter: Callable[[str], None],
+    masker: Masker | None = None,
 ) -> dict[str, float]:
     """Loss on held-out windows, the same ones at every world size: mean over their tokens on all ranks.
 
     valid: by source.    shares: of the sources in the training mixture; of several sources the loss is the mean of
     theirs with these weights, an estimate of the training loss on unseen text.    enter: told of its phase before each
-    forward pass.    Returns {} where nothing is held out, or it could not be read: that is told, and ends no run.
+    forward pass.    masker: of a masked model.
+    Returns {} where nothing is held out, or it could not be read: that is told, and ends no run.
     """
     if not valid:
         return {}
     began = time.perf_counter()
-    losses = {name: _loss(cfg, engine, corpus, enter) for name, corpus in valid.items()}
+    losses = {name: _loss(cfg, engine, corpus, enter, masker) for name, corpus in valid.items()}
     if failed := next((found for found in losses.values() if isinstance(found, str)), None):
         if engine.mesh.rank == 0:
             log.warning("step %d could NOT be evaluated, training goes on: %s", step, failed)
         return {}
-    values = combine({name: loss for name, loss in losses.items() if isinstance(loss, float)}, shares, valid)
+    found = {name: loss for name, loss in losses.items() if isinstance(loss, float)}
+    values = combine(found, shares, valid, masked=masker is not None)
     if metrics is not None:
         metrics.write(step, {**values, "speed/eval_time_s": time.perf_counter() - began})
         log.info("step %d  held-out %s", step, describe(values, list(values)))
     return values
 
 
-def _loss(cfg: RunConfig, engine: Engine, corpus: Corpus, enter: Callable[[str], None]) -> float | str:
+def _loss(
+    cfg: RunConfig, engine: Engine, corpus: Corpus, enter: Callable[[str], None], masker: Masker | None
+) -> float | str:
     """What went wrong, on all ranks alike, where one of them could not read its part."""
     mesh, batches, wrong = engine.mesh, [], ""
     enter("evaluation")
     try:
-        batches = list(eval_batches(corpus, cfg.eval.windows, cfg.train.micro_batch_size, mesh.dp_rank, mesh.dp_size))
+        micro, windows = cfg.train.micro_batch_size, cfg.eval.windows
+        batches = list(eval_batches(corpus, windows, micro, mesh.dp_rank, mesh.dp_size, masker))
     except (DataError, OSError) as error:
         wrong = f"rank {mesh.rank}: {type(error).__name__}: {error}"
     if corpus.remote:

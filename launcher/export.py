@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,15 +32,18 @@ from data.dataset import reading
 from data.errors import DataError
 from data.fast_tokenizer import Exported, special_ids, windows_of, write_tokenizer
 from data.formats import Document
+from data.masking import IGNORE
 from data.sources import EmbeddedConfig, Limits, documents, open_source
 from data.store import is_url
 from data.tokenizer import Tokenizer
 from launcher.config import ConfigError, FinetuneConfig
 from launcher.model_card import last_held_out, model_card
+from launcher.run_data import masker_of
 from launcher.staging import LOCK, StagingError, check_absent, staging_for
 from launcher.task_config import ChatTask
 from launcher.trained import Checkpoint, lora_of, open_checkpoint
 from model.config import ModelConfig
+from model.hf_config import HfModelConfig, is_masked, to_transformers
 from model.hf_folder import (
     DTYPES,
     ReadRange,
@@ -49,8 +53,10 @@ from model.hf_folder import (
     write_configs,
     write_weights,
 )
-from model.transformer import Transformer
+from model.network import Network
 from parallel.checkpoint import CheckpointError, file_hash
+
+AnyModel = ModelConfig | HfModelConfig
 
 REPORT = "export_report.json"
 SLACK_BYTES = 2**25  # for tokenizer, configs and card
@@ -132,21 +138,26 @@ def _up_to(characters: int, texts: Iterator[str]) -> list[str]:
 
 
 def compare(
-    checkpoint: Checkpoint, folder: Path, cfg: ModelConfig, dtype: torch.dtype, windows: list[Tensor]
+    checkpoint: Checkpoint,
+    folder: Path,
+    cfg: AnyModel,
+    dtype: torch.dtype,
+    windows: list[Tensor],
+    targets: list[Tensor],
 ) -> Comparison:
     """Both models compute in fp32, ours with weights rounded to the folder's dtype. One of them is in memory at a time.
 
-    cfg: of the folder; ours may have more rows in its vocabulary.
+    cfg: of the folder; ours may have more rows in its vocabulary.    targets: of each window's tokens, -100 where none.
     """
     head = checkpoint.label_head
     if head is not None and not head.per_token:  # texts of different lengths, the longest of them whole
         windows = [window[: 1 + (len(window) - 1) * (i + 1) // len(windows)] for i, window in enumerate(windows)]
-    theirs = logits_of_transformers(folder, windows, head)
+    theirs = logits_of_transformers(folder, windows, head, masked=is_masked(cfg))
     # rounded, W + B A is another number than the sum of what W, B and A round to
     model = checkpoint.merged_model(dtype) if lora_of(checkpoint.cfg) else checkpoint.model(rounded_to=dtype)
     largest = difference = loss_here = loss_there = 0.0
-    same = count = 0
-    for window, there in zip(windows, theirs, strict=True):
+    same = count = n_targets = 0
+    for window, there, expected in zip(windows, theirs, targets, strict=True):
         with torch.inference_mode():
             here = model(window.unsqueeze(0))[0, -len(there) :, : there.shape[-1]]  # of a text's label the last alone
         # max() of Python would pass over NaN
@@ -155,9 +166,9 @@ def compare(
         same += int((here.argmax(-1) == there.argmax(-1)).sum())
         count += len(there)
         if head is None:
-            loss_here += F.cross_entropy(here[:-1], window[1:], reduction="sum").item()
-            loss_there += F.cross_entropy(there[:-1], window[1:], reduction="sum").item()
-    targets = max(1, count - len(windows))
+            loss_here += F.cross_entropy(here, expected, reduction="sum").item()
+            loss_there += F.cross_entropy(there, expected, reduction="sum").item()
+            n_targets += int((expected != IGNORE).sum())
     return Comparison(
         windows=len(windows),
         tokens=sum(map(len, windows)),
@@ -165,8 +176,8 @@ def compare(
         largest_difference=difference,
         tolerance=TOLERANCE * math.sqrt(cfg.n_layers),
         same_choice=same / count,
-        loss_here=loss_here / targets if head is None else None,
-        loss_there=loss_there / targets if head is None else None,
+        loss_here=loss_here / max(1, n_targets) if head is None else None,
+        loss_there=loss_there / max(1, n_targets) if head is None else None,
     )
 
 
@@ -189,23 +200,34 @@ def compare_merged(checkpoint: Checkpoint, windows: list[Tensor]) -> dict[str, f
     return {"largest_logit": largest, "largest_difference": difference, "tolerance": tolerance}
 
 
-def logits_of(model: Transformer, windows: list[Tensor]) -> list[Tensor]:
+def logits_of(model: Network, windows: list[Tensor]) -> list[Tensor]:
     return [model(window.unsqueeze(0))[0] for window in windows]
 
 
-def proof_windows(tokenizer: Tokenizer, texts: list[str], cfg: ModelConfig) -> list[Tensor]:
+def proof_windows(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, texts: list[str], cfg: AnyModel
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Windows (T,) of the texts as the run reads them, and the target of each token, -100 where there is none."""
     most = max(1, min(PROOF_TOKENS, PROOF_LOGITS // cfg.vocab_size))
     length = min(cfg.seq_len, most)
-    return [torch.from_numpy(window) for window in windows_of(tokenizer, texts, length, most // length)]
+    windows = windows_of(tokenizer, texts, length, most // length)
+    masker = masker_of(checkpoint.cfg, tokenizer)
+    if masker is None:
+        targets = [np.append(window[1:], IGNORE) for window in windows]
+    else:
+        rows = np.stack([np.append(window, IGNORE) for window in windows])  # the last two give way to [CLS]
+        hidden = masker.hide(rows, None, [masker.held_out_key(window) for window in range(len(windows))])
+        windows, targets = list(hidden[0]), list(hidden[1])
+    return [torch.from_numpy(window) for window in windows], [torch.from_numpy(target) for target in targets]
 
 
 # -- the command --------------------------------------------------------------------------------------------------------
 
 
-def exported_config(cfg: ModelConfig, n_known: int, keep_padding: bool) -> ModelConfig:
+def exported_config(cfg: AnyModel, n_known: int, keep_padding: bool) -> AnyModel:
     """The model as it is written: without the rows of ids that no text has, and without dropout where it has no place."""
     changes: dict[str, Any] = {} if keep_padding else {"vocab_size": n_known}
-    if cfg.positions != "learned":
+    if isinstance(cfg, ModelConfig) and cfg.positions != "learned":
         changes["dropout"] = 0.0  # Llama and Qwen3 know none; outside training it plays no part
     return cfg.model_copy(update=changes)
 
@@ -223,12 +245,12 @@ def export(
         ids = special_ids(tokenizer)
         architecture = write_configs(staging, cfg, dtype, *ids, n_known=tokenizer.vocab_size, head=head)
         texts, origin = real_texts(checkpoint, tokenizer)
-        exported = write_tokenizer(tokenizer, staging, cfg.seq_len, texts)
+        exported = write_tokenizer(tokenizer, staging, cfg.seq_len, texts, masked=is_masked(cfg))
         write_weights(staging, files, read_for(checkpoint))
-        _same_config(cfg, read_config(staging))
-        windows, lora = proof_windows(tokenizer, texts, cfg), lora_of(checkpoint.cfg)
+        _same_config(cfg, read_config(staging, cfg.objective if isinstance(cfg, HfModelConfig) else None))
+        (windows, targets), lora = proof_windows(checkpoint, tokenizer, texts, cfg), lora_of(checkpoint.cfg)
         merge = None if lora is None else compare_merged(checkpoint, windows)
-        comparison = compare(checkpoint, staging, cfg, dtype, windows)
+        comparison = compare(checkpoint, staging, cfg, dtype, windows, targets)
         if not comparison.equal:
             raise NotEqual(
                 f"transformers' logits differ from the run's by {comparison.largest_difference:.3g}, of a largest logit of "
@@ -264,18 +286,23 @@ def read_for(checkpoint: Checkpoint) -> ReadRange:
     return read
 
 
-def _same_config(written: ModelConfig, read: ModelConfig) -> None:
+def _same_config(written: AnyModel, read: AnyModel) -> None:
     """What no folder of theirs holds is left out: how residual projections are drawn."""
-    before, after = (cfg.model_dump(exclude={"scale_residual_init"}) for cfg in (written, read))
-    before |= {"n_kv_heads": written.kv_heads, "head_dim": written.dim_per_head}
-    after |= {"n_kv_heads": read.kv_heads, "head_dim": read.dim_per_head}
-    if differs := sorted(key for key in before if before[key] != after[key]):
+    before, after = (_resolved(cfg) for cfg in (written, read))
+    if differs := sorted(key for key in before | after if before.get(key) != after.get(key)):
         raise NotEqual(f"config.json says another {', '.join(differs)} than the run; nothing was written")
+
+
+def _resolved(cfg: AnyModel) -> dict[str, Any]:
+    if isinstance(cfg, HfModelConfig):
+        found: dict[str, Any] = to_transformers(cfg).to_dict()
+        return found
+    return cfg.model_dump(exclude={"scale_residual_init"}) | {"n_kv_heads": cfg.kv_heads, "head_dim": cfg.dim_per_head}
 
 
 def report_of(
     checkpoint: Checkpoint,
-    cfg: ModelConfig,
+    cfg: AnyModel,
     dtype_name: str,
     architecture: str,
     exported: Exported,
@@ -285,7 +312,7 @@ def report_of(
     """What export_report.json says, but for the files. It holds no path of this machine and no text."""
     manifest = checkpoint.reader.manifest
     notes = list(exported.notes)
-    if cfg.dropout != checkpoint.cfg.model.dropout:
+    if isinstance(cfg, ModelConfig) and cfg.dropout != checkpoint.cfg.model.dropout:
         notes.append(f"the run trained with dropout {checkpoint.cfg.model.dropout}; {architecture} has none")
     task = checkpoint.cfg.task if isinstance(checkpoint.cfg, FinetuneConfig) else None
     if isinstance(task, ChatTask) and isinstance(open_template(task.template, checkpoint.tokenizer()), PlainTemplate):

@@ -19,12 +19,14 @@ from launcher.config import ConfigError
 from launcher.continuation import Options, continue_prompts
 from launcher.trained import Trained, load_trained, open_checkpoint
 from model.classifier import Classifier
+from model.hf_config import is_masked
 from model.hf_folder import DTYPES
+from model.network import Network
 from model.transformer import Transformer
 from parallel.checkpoint import CheckpointError
 
 
-def load_model(run_dir: Path, step: int | None) -> tuple[Transformer, Tokenizer]:
+def load_model(run_dir: Path, step: int | None) -> tuple[Network, Tokenizer]:
     """The model of a run in fp32, and its tokenizer. step: a checkpoint's step, None for the newest.
 
     Raises CheckpointError where there is none or it is damaged.
@@ -71,6 +73,25 @@ def refuse_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--system has no effect without --chat; add it, or leave --system out")
 
 
+def refuse_model(trained: Trained, name: Path) -> None:
+    """Raise ValueError for a model that continues no text, or none here."""
+    if isinstance(trained.model, Classifier):
+        raise ValueError(
+            f"{name} gives labels and no text; launcher/evaluate.py {name} --data FILE scores it, and its "
+            "export labels texts by transformers' pipeline"
+        )
+    if is_masked(trained.model.cfg):
+        raise ValueError(
+            f"{name} is a masked model, which fills in hidden tokens and continues no text; launcher/export.py {name} "
+            "--output FOLDER, then transformers.pipeline('fill-mask', model=FOLDER)"
+        )
+    if not isinstance(trained.model, Transformer):
+        raise ValueError(
+            f"{name} is of model.family=hf, whose text is not drawn here; launcher/export.py {name} --output FOLDER, then "
+            "transformers.pipeline('text-generation', model=FOLDER)"
+        )
+
+
 def chat(trained: Trained, args: argparse.Namespace, options: Options) -> None:
     """Answer the prompts, or the terminal until its end (Ctrl-D)."""
     template = template_of(trained, args.model)
@@ -90,14 +111,10 @@ def main(argv: list[str]) -> int:
         )  # fmt: skip
         refuse_arguments(args)
         trained = load_trained(args.model, args.step, DTYPES[args.dtype])
+        refuse_model(trained, args.model)
         if args.chat:
             chat(trained, args, options)
             return 0
-        if isinstance(trained.model, Classifier):
-            raise ValueError(
-                f"{args.model} gives labels and no text; launcher/evaluate.py {args.model} --data FILE scores it, and its "
-                "export labels texts by transformers' pipeline"
-            )
         prompts = [trained.prompt_ids(prompt) for prompt in args.prompt]
         if len(prompts) == 1:
             show(0, args.prompt[0])

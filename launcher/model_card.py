@@ -13,6 +13,7 @@ from launcher.config import FinetuneConfig, RunConfig
 from launcher.redaction import hide
 from launcher.task_config import ChatTask, ClassifyTask, TagTask, TextTask
 from launcher.trained import Checkpoint, lora_of
+from model.hf_config import is_masked
 
 _LOAD = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,6 +46,14 @@ tokenizer, words = AutoTokenizer.from_pretrained("{folder}"), ["Words", "of", "a
 ids = [tokenizer(("{join}" if i else "") + word).input_ids for i, word in enumerate(words)]  # each word by itself
 tags = iter(model(torch.tensor([sum(ids, [])])).logits[0].argmax(-1).tolist())
 print([model.config.id2label[[next(tags) for _ in of_word][-{at:d}]] for of_word in ids])
+"""
+
+
+_LOAD_MASKED = """\
+from transformers import pipeline
+fill = pipeline("fill-mask", model="{folder}")
+for found in fill("{prompt}" + fill.tokenizer.mask_token + " "):
+    print(f"{{found['score']:.3f}} {{found['token_str']!r}}")
 """
 
 
@@ -143,6 +152,8 @@ computing in fp32 with these weights, differ by at most {logits["largest_differe
 
 def _snippet(checkpoint: Checkpoint, report: dict[str, Any], name: str) -> str:
     fast, head = report["tokenizer"]["auto_tokenizer"], checkpoint.label_head
+    if head is None and is_masked(checkpoint.cfg.model):
+        return _LOAD_MASKED.format(folder=name, prompt="The ")
     if head is None:
         return snippet(name, fast, checkpoint.cfg.model.seq_len)
     assert isinstance(checkpoint.cfg, FinetuneConfig)
@@ -154,6 +165,8 @@ def _snippet(checkpoint: Checkpoint, report: dict[str, Any], name: str) -> str:
 
 
 def _note(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
+    if checkpoint.label_head is None and is_masked(checkpoint.cfg.model):
+        return "A text stands between the two tokens that the tokenizer puts around it."
     if checkpoint.label_head is None:
         return (
             f"A document begins after the end of another one (id {report['ids']['eos']}), so that is also the id to begin "
@@ -168,6 +181,8 @@ def _note(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
 
 def _pipeline(checkpoint: Checkpoint) -> str:
     head = checkpoint.label_head
+    if head is None and is_masked(checkpoint.cfg.model):
+        return "fill-mask"
     return "text-generation" if head is None else "token-classification" if head.per_token else "text-classification"
 
 
@@ -195,6 +210,8 @@ def _does(cfg: RunConfig) -> str:
         return "It was tuned on conversations, with the loss on the answers alone."
     if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ClassifyTask | TagTask):
         return f"It gives {'each word' if isinstance(cfg.task, TagTask) else 'a text'} one of {len(cfg.task.labels)} labels."
+    if is_masked(cfg.model):
+        return "It fills in hidden tokens from both sides; it does not\ncontinue text."
     return "It continues text; it was not taught to\nfollow instructions."
 
 

@@ -35,6 +35,7 @@ from launcher.config import (
 from launcher.run_dir import RunDirError, read_saved_config
 from launcher.trained import NEW, Initial, build_model, build_plain, lora_of, open_checkpoint
 from model.config import ModelConfig
+from model.hf_config import HfModelConfig
 from model.hf_folder import CONFIG, fetch, is_hf_folder, read_config, read_state, weight_files
 from model.init import initial_values
 from model.lora import LoraError, import_peft, is_adapter, plain_name, targets_of
@@ -53,7 +54,7 @@ class Origin(ABC):
     """A trained model, before any of its weights is read."""
 
     place: Path
-    model: ModelConfig
+    model: ModelConfig | HfModelConfig
     step: int | None
     shapes: dict[str, tuple[int, ...]]  # of every weight
 
@@ -125,7 +126,7 @@ class FolderOrigin(Origin):
         except ValueError as error:
             raise ConfigError(f"init: {error}") from None
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
-        if self.model.tie_embeddings:
+        if isinstance(self.model, ModelConfig) and self.model.tie_embeddings:
             del self.shapes[HEAD]  # which is embed.weight
         if self.tokenizer.vocab_size > self.model.vocab_size:
             raise ConfigError(
@@ -270,7 +271,8 @@ def _put_in(raw: dict[str, Any], path: str, origin: OriginConfig, tokenizer: dic
     if not isinstance(given, dict):
         raise ConfigError(f"{path}: model: got {type(given).__name__}; expected keys such as dropout, or none at all")
     for key, value in given.items():
-        allowed = key in MAY_DIFFER and not (key == "seq_len" and origin.model.positions == "learned")
+        rotary = isinstance(origin.model, ModelConfig) and origin.model.positions == "rope"
+        allowed = key in MAY_DIFFER and (key != "seq_len" or rotary)
         if key in theirs and not allowed and value != theirs[key]:
             wrong.append(f"  model.{key}: got {value!r}, and {raw['init']} has {theirs[key]!r}; leave it out")
     before = raw.get("origin")

@@ -142,7 +142,7 @@ def train(
                 bad_steps.tell(progress.step, stats.bad, stats.update.made, stats.losses, batch, loader, mesh)
                 watch.enter("save", progress.step)  # which a rewind waits for
                 bad_steps.give_up_or_rewind(cfg, progress, stats.bad, spans, saves, data.rewinds)
-            progress.tokens += n_targets
+            progress.tokens += n_read if cfg.what_counts == "tokens read" else n_targets
             progress.train_s += time.perf_counter() - began
             for c in (clock, overall):
                 c.add(time.perf_counter() - began, n_read)
@@ -334,7 +334,7 @@ def announce(
         cfg.parallel.precision,
         progress.step,
         cfg.train.steps,
-        f"{cfg.tokens_per_step:,} tokens" if cfg.what_counts == "tokens" else f"{cfg.global_batch_size:,} sequences",
+        f"{cfg.tokens_per_step:,} tokens" if cfg.reads_text else f"{cfg.global_batch_size:,} sequences",
     )
     if len(engine.trained) < len(engine.shapes):
         log.info("  %s", told_trained(cfg, engine.shapes, engine.trained))

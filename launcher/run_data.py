@@ -14,6 +14,7 @@ from data.dataset import Dataset, open_valid, reading
 from data.errors import DataError
 from data.lanes import Stream
 from data.loader import Loader
+from data.masking import Masker
 from data.row_loader import RowLoader
 from data.store import is_url
 from data.stream import StreamLoader, check_lanes, fingerprint
@@ -31,6 +32,7 @@ class RunData(ABC):
 
     tokenizer: Tokenizer
     valid: dict[str, Corpus]  # held-out text by source; empty when there is none
+    masker: Masker | None = None  # of a masked model
     skip: list[SkipConfig] = []  # what is left out: by the config, and by rewinds
     rewinds: int = 0  # that the run has made
     _not_evaluated: list[str] = []  # a line for each source whose held-out text is too short
@@ -45,7 +47,7 @@ class RunData(ABC):
 
     def scores(self) -> list[str]:
         """Names of what an evaluation measures; empty where nothing is held out."""
-        return score_names(self.valid)
+        return score_names(self.valid, self.masker is not None)
 
     @abstractmethod
     def announce(self, samples: int) -> tuple[list[str], list[str]]:
@@ -96,6 +98,7 @@ class PreparedData(RunData):
         self.valid, self._not_evaluated = open_valid(cfg.data, cfg.model.seq_len)
         self.tokenizer = CorpusFolder(cfg.data.corpus, reading(cfg.data, cfg.model.seq_len)).tokenizer()
         _check_vocabulary(cfg, self.tokenizer)
+        self.masker = masker_of(cfg, self.tokenizer)
         n_windows = sum(source.n_windows for source in self.dataset.corpora.values())
         if n_windows < cfg.global_batch_size:
             raise ConfigError(
@@ -114,6 +117,7 @@ class PreparedData(RunData):
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dp_size,
             samples=self._first,
+            masker=self.masker,
         )
 
     def _go_on(self, cursor: dict[str, Any] | None) -> int:
@@ -198,6 +202,11 @@ class StreamedData(RunData):
 
     def progress(self, samples: int) -> dict[str, float]:
         return {}
+
+
+def masker_of(cfg: RunConfig, tokenizer: Tokenizer) -> Masker | None:
+    """What hides tokens, of a masked model; None of others. Raises DataError where the tokenizer is not made for that."""
+    return None if cfg.data.masking is None else Masker(cfg.data.masking, tokenizer, cfg.data.seed)
 
 
 def _check_steps(cfg: RunConfig, starts: list[dict[str, Any]]) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import ValidationError
 
 from launcher.config import ConfigError, RunConfig, contradictions, to_yaml, unknown_keys
 from model.config import ModelConfig
-from model.transformer import Transformer
+from model.hf_config import HfModelConfig, pick_model
+from model.network import build_network
 from parallel.checkpoint import committed_steps
 
 log = logging.getLogger(__name__)
@@ -64,21 +64,23 @@ def refuse_other_config(cfg: RunConfig, allowed: list[str]) -> None:
         )
 
 
-def _other_shapes(saved: dict[str, Any], model: ModelConfig) -> list[str]:
+def _other_shapes(saved: dict[str, Any], model: ModelConfig | HfModelConfig) -> list[str]:
     """The keys of `model` that differ, where the weights then do in name or shape."""
     try:
-        before = ModelConfig.model_validate(saved.get("model"))
-    except ValidationError:  # of another version of this program: contradictions tells
+        before = pick_model(saved.get("model"))
+    except ValueError:  # of another version of this program: contradictions tells
         return []
     if _shapes(before) == _shapes(model):
         return []
     old, new = before.model_dump(), model.model_dump()
-    return [f"model.{key}: was {old[key]!r}, is {new[key]!r}" for key in new if old[key] != new[key]]
+    return [
+        f"model.{key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in new | old if old.get(key) != new.get(key)
+    ]
 
 
-def _shapes(model: ModelConfig) -> dict[str, torch.Size]:
+def _shapes(model: ModelConfig | HfModelConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        return {name: p.shape for name, p in Transformer(model).named_parameters()}
+        return {name: p.shape for name, p in build_network(model).named_parameters()}
 
 
 def prepare_run_dir(cfg: RunConfig, needed_bytes: int) -> None:

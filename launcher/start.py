@@ -16,8 +16,7 @@ from launcher.metrics import MetricsLog
 from launcher.run_data import RunData, open_data
 from launcher.run_dir import Ledger, refuse_other_config
 from launcher.saving import Progress, fresh_weights
-from launcher.trained import Initial
-from model.transformer import Transformer
+from launcher.trained import Initial, build_model
 from parallel.checkpoint import CheckpointError, Manifest, committed_steps, folder_name, read_manifest
 from parallel.deepspeed_config import check_passthrough
 from parallel.engine import Engine
@@ -52,7 +51,7 @@ PRETRAIN = Command(
     "train.steps=100 run.name=try",
     load=load_config,
     open_data=open_data,
-    build_model=lambda cfg: Transformer(cfg.model),
+    build_model=build_model,
     initial=fresh_weights,
     evaluate=evaluate_text,
     uses=lambda cfg: {"sample its text": f"launcher/generate.py {cfg.run_dir} --prompt 'def '"},

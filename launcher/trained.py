@@ -12,13 +12,14 @@ from torch import Tensor
 
 from data.fast_tokenizer import before_text, load_exported
 from data.tokenizer import Tokenizer
-from launcher.config import FinetuneConfig, RunConfig, validate
+from launcher.config import ConfigError, FinetuneConfig, RunConfig, validate
 from launcher.task_config import ClassifyTask, TagTask
 from model.classifier import Classifier
+from model.config import ModelConfig
 from model.hf import LabelHead
 from model.hf_folder import DTYPES, is_hf_folder, read_config, read_model
 from model.lora import BASE, A, B, LoraConfig, add_adapters, is_adapter, merged, plain_name, within
-from model.transformer import Transformer
+from model.network import Network, build_network
 from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps, faults, folder_name
 
 NEW = "score."  # with which the names of a head for labels begin
@@ -28,7 +29,7 @@ def lora_of(cfg: RunConfig) -> LoraConfig | None:
     return cfg.lora if isinstance(cfg, FinetuneConfig) else None
 
 
-def build_model(cfg: RunConfig) -> Transformer:
+def build_model(cfg: RunConfig) -> Network:
     """The model that a run of this config trains, with its adapters; its parameters have no values. Raises LoraError."""
     model, lora = build_plain(cfg), lora_of(cfg)
     if lora is not None:
@@ -36,11 +37,13 @@ def build_model(cfg: RunConfig) -> Transformer:
     return model
 
 
-def build_plain(cfg: RunConfig) -> Transformer:
+def build_plain(cfg: RunConfig) -> Network:
     """The model that comes out of the run; its parameters have no values."""
     if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ClassifyTask | TagTask):
+        if not isinstance(cfg.model, ModelConfig):
+            raise ConfigError(f"task.kind={cfg.task.kind} has no head for model.family=hf yet; use kind: text")
         return Classifier(cfg.model, len(cfg.task.labels))
-    return Transformer(cfg.model)
+    return build_network(cfg.model)
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,12 @@ class Checkpoint:
             else None
         )
 
-    def model(self, rounded_to: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32) -> Transformer:
+    def model(self, rounded_to: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32) -> Network:
         """The model as it was trained, in eval mode, computing in `dtype` with weights that were rounded to `rounded_to`
         before."""
         return _filled(build_model(self.cfg).to(dtype), self.reader.tensor, rounded_to)
 
-    def merged_model(self, rounded_to: torch.dtype = torch.float32) -> Transformer:
+    def merged_model(self, rounded_to: torch.dtype = torch.float32) -> Network:
         """The model with its adapters merged into its weights, else as `model` gives it."""
 
         def read(name: str) -> Tensor:
@@ -110,7 +113,7 @@ class Checkpoint:
 
 
 @torch.no_grad()
-def _filled(model: Transformer, read: Callable[[str], Tensor], rounded_to: torch.dtype) -> Transformer:
+def _filled(model: Network, read: Callable[[str], Tensor], rounded_to: torch.dtype) -> Network:
     for name, parameter in model.named_parameters():
         parameter.copy_(read(name).to(rounded_to))
     return model.eval()
@@ -166,7 +169,7 @@ def open_checkpoint(run_dir: Path, step: int | None, fall_back: bool = False, ha
 class Trained:
     """A model in memory, and what turns text into its tokens."""
 
-    model: Transformer
+    model: Network
     tokenizer: Tokenizer
     checkpoint: Checkpoint | None  # None: it is of a Hugging Face folder
     before: tuple[int, ...] = ()  # ids that the folder's tokenizer puts before every text
@@ -200,6 +203,6 @@ def load_trained(place: Path, step: int | None, dtype: torch.dtype | None = None
     return Trained(_placed(model), tokenizer, None, tuple(before_text(tokenizer)))
 
 
-def _placed(model: Transformer) -> Transformer:
+def _placed(model: Network) -> Network:
     device = torch.accelerator.current_accelerator()
     return model if device is None or not torch.accelerator.is_available() else model.to(device)

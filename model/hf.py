@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from model.config import ModelConfig, RopeScaling
+from model.hf_config import HfModelConfig, to_transformers
+from model.hf_model import HfModel
 from model.transformer import Transformer
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -105,13 +107,16 @@ _LLAMA_RULES = (  # Qwen3 has the same names and adds q_norm and k_norm
 _NOT_PARAMETERS = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")
 
 
-def weight_rules(cfg: ModelConfig, head: LabelHead | None = None) -> list[Rule]:
+def weight_rules(cfg: ModelConfig | HfModelConfig, head: LabelHead | None = None) -> list[Rule]:
     """The rules for this model, one for each tensor there, layers filled in; a tied head has none.
 
     head: in place of the one for tokens.
 
     An exporter or a loader that goes tensor by tensor walks this list. Raises ValueError as to_hf_config does.
     """
+    if isinstance(cfg, HfModelConfig):
+        with torch.device("meta"):
+            return [Rule(name, (name,)) for name, _ in HfModel(cfg).named_parameters()]
     family = _family(cfg)
     with torch.device("meta"):
         ours = {name for name, _ in Transformer(cfg).named_parameters()}
@@ -239,13 +244,18 @@ def with_labels(config: PreTrainedConfig, head: LabelHead) -> PreTrainedConfig:
     return config
 
 
-def to_hf_config(cfg: ModelConfig, **token_ids: int) -> PreTrainedConfig:
+def to_hf_config(cfg: ModelConfig | HfModelConfig, **token_ids: int) -> PreTrainedConfig:
     """The config of the transformers architecture that computes exactly what `cfg` describes.
 
     token_ids: bos_token_id and so on, of who knows the tokenizer; those not given stay at transformers' defaults.
     How fresh weights are drawn is not part of the function: of that, init_std alone is handed on. Raises ValueError when
     there is no equal.
     """
+    if isinstance(cfg, HfModelConfig):
+        with torch.device("meta"):
+            architecture = type(HfModel(cfg).theirs).__name__
+        theirs: PreTrainedConfig = to_transformers(cfg, architectures=[architecture], **token_ids)
+        return theirs
     family = _family(cfg)
     if family == "GPT-2":
         return GPT2Config(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     GenerationConfig,
@@ -32,6 +33,9 @@ from transformers.utils import logging as transformers_logging
 
 from model.config import ModelConfig
 from model.hf import LabelHead, Rule, from_hf_config, from_hf_state, to_hf_config, weight_rules, with_labels
+from model.hf_config import TESTED, HfModelConfig, Objective, from_transformers, is_masked
+from model.hf_model import HfModel
+from model.network import Network, build_network
 from model.transformer import Transformer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -95,7 +99,7 @@ class Entry:
 
 
 def plan_files(
-    cfg: ModelConfig, dtype: torch.dtype, shard_bytes: int, head: LabelHead | None = None
+    cfg: ModelConfig | HfModelConfig, dtype: torch.dtype, shard_bytes: int, head: LabelHead | None = None
 ) -> dict[str, list[Entry]]:
     """The weight files and what each holds: at most shard_bytes, or one tensor that is larger. A tied head is in none.
 
@@ -104,7 +108,7 @@ def plan_files(
     Raises ValueError as to_hf_config does.
     """
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in Transformer(cfg).named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in build_network(cfg).named_parameters()}
     if head is not None:
         shapes |= head.shapes(cfg.d_model)
     groups: list[list[Entry]] = []
@@ -161,7 +165,7 @@ def _header(entries: list[Entry]) -> bytes:
 
 def write_configs(
     folder: Path,
-    cfg: ModelConfig,
+    cfg: ModelConfig | HfModelConfig,
     dtype: torch.dtype,
     bos_id: int,
     eos_id: int,
@@ -179,7 +183,7 @@ def write_configs(
         config = with_labels(config, head)
     config.dtype = dtype
     config.save_pretrained(folder)
-    if head is not None:
+    if head is not None or is_masked(cfg):
         return str(config.architectures[0])
     beyond = list(range(n_known, cfg.vocab_size))
     GenerationConfig(**ids, **({"suppress_tokens": beyond} if beyond else {})).save_pretrained(folder)
@@ -215,21 +219,27 @@ def is_hf_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """Our config of the folder's model. Raises ValueError, naming the file, where it is broken or has no equal here."""
+def read_config(folder: Path, objective: Objective | None = None) -> ModelConfig | HfModelConfig:
+    """Our config of the folder's model. Raises ValueError, naming the file, where it is broken or has no equal here.
+
+    objective: of a model of family hf; None: such a one if the folder's is masked.
+    """
     file = folder / CONFIG
     try:
         raw = json.loads(file.read_bytes())
+        if objective is not None or raw.get("model_type") in TESTED["masked"]:
+            return from_transformers(raw, objective or "masked")
         model_type = raw.get("model_type")
         if model_type not in _CONFIGS:
-            raise ValueError(f"model_type {model_type!r} has no equal here; expected {', '.join(_CONFIGS)}")
+            expected = ", ".join((*_CONFIGS, *TESTED["masked"]))
+            raise ValueError(f"model_type {model_type!r} has no equal here; expected {expected}")
         return from_hf_config(_CONFIGS[model_type].from_dict(raw))
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def read_state(folder: Path, cfg: ModelConfig) -> dict[str, Tensor]:
-    """The folder's weights by our names, as they are there. cfg: read_config of it.
+def read_state(folder: Path, cfg: ModelConfig | HfModelConfig) -> dict[str, Tensor]:
+    """The folder's weights by our names, as they are there; of family hf with what heads it has. cfg: read_config of it.
 
     Raises ValueError where they are no safetensors, cut short, or do not fit the config.
     """
@@ -239,6 +249,8 @@ def read_state(folder: Path, cfg: ModelConfig) -> dict[str, Tensor]:
             state |= load_file(folder / name)
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{folder / name} cannot be read: {error}; fetch or export the folder again") from None
+    if isinstance(cfg, HfModelConfig):
+        return _hf_state(folder, cfg, state)
     if heads := sorted(name for name in state if name.startswith(("score.", "classifier."))):
         raise ValueError(
             f"{folder} has a head for labels ({', '.join(heads)}), and a language model is expected here; use the run "
@@ -250,18 +262,51 @@ def read_state(folder: Path, cfg: ModelConfig) -> dict[str, Tensor]:
         raise ValueError(f"{folder}: {error}") from None
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Transformer(cfg).named_parameters()}
-    if other := sorted(name for name, shape in shapes.items() if ours[name].shape != shape):
-        name = other[0]
-        raise ValueError(
-            f"{folder}: size mismatch for {name}: {tuple(ours[name].shape)}, its {CONFIG} says {tuple(shapes[name])}; fetch "
-            "or export the folder again"
-        )
+    _require_shapes(folder, ours, shapes)
     return ours
 
 
-def read_model(folder: Path, cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+# Names that BERTs of 2018 have, and what stands for them now; and what no parameter stands behind.
+_OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}
+_NO_PARAMETERS = (".position_ids", ".token_type_ids")
+
+
+def _hf_state(folder: Path, cfg: HfModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under the names of parameters: a shared one is there once."""
+    with torch.device("meta"):
+        model = HfModel(cfg)
+    parameters = dict(model.named_parameters())
+    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parameters.keys()
+    ours: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        for old, new in _OLD_NAMES.items():
+            name = name.removesuffix(old) + new if name.endswith(old) else name
+        if name not in shared and not name.endswith(_NO_PARAMETERS):
+            ours[name] = tensor
+    _require_shapes(folder, ours, {name: p.shape for name, p in parameters.items() if name in ours})
+    return ours
+
+
+def _require_shapes(folder: Path, found: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
+    if other := sorted(name for name, shape in shapes.items() if found[name].shape != shape):
+        name = other[0]
+        raise ValueError(
+            f"{folder}: size mismatch for {name}: {tuple(found[name].shape)}, its {CONFIG} says {tuple(shapes[name])}; "
+            "fetch or export the folder again"
+        )
+
+
+def read_model(folder: Path, cfg: ModelConfig | HfModelConfig, dtype: torch.dtype = torch.float32) -> Network:
     """Our model with the folder's weights, in eval mode. cfg: read_config of it. Raises ValueError as read_state does."""
     state = {name: tensor.to(dtype) for name, tensor in read_state(folder, cfg).items()}
+    if isinstance(cfg, HfModelConfig):
+        other = HfModel(cfg)
+        parameters = dict(other.named_parameters())
+        if missing := sorted(parameters.keys() - state.keys()):
+            raise ValueError(f"{folder} has no {', '.join(missing[:3])}; it is not of a {cfg.objective} language model")
+        for name, parameter in parameters.items():
+            parameter.data = state[name]  # the tensors themselves: no copy
+        return other.eval()
     with torch.device("meta"):
         model = Transformer(cfg)
     model.load_state_dict(state, assign=True)  # the tensors themselves: no copy
@@ -290,8 +335,11 @@ def weight_files(folder: Path) -> list[str]:
 # -- as transformers computes it ---------------------------------------------------------------------------------------
 
 
-def logits_of_transformers(folder: Path, windows: list[Tensor], head: LabelHead | None = None) -> list[Tensor]:
-    """What AutoModelForCausalLM makes of windows (T,): logits (T, V) each, computed in fp32 from the folder's weights.
+def logits_of_transformers(
+    folder: Path, windows: list[Tensor], head: LabelHead | None = None, masked: bool = False
+) -> list[Tensor]:
+    """What AutoModelForCausalLM, of a masked model AutoModelForMaskedLM, makes of windows (T,): logits (T, V) each, computed
+    in fp32 from the folder's weights.
 
     head: as AutoModelForTokenClassification, (T, L), or as AutoModelForSequenceClassification, (1, L): then the windows
     are read as one batch, the shorter ones padded, as their users will.
@@ -299,7 +347,7 @@ def logits_of_transformers(folder: Path, windows: list[Tensor], head: LabelHead 
     """
     transformers_logging.disable_progress_bar()
     kinds = {
-        None: AutoModelForCausalLM,
+        None: AutoModelForMaskedLM if masked else AutoModelForCausalLM,
         True: AutoModelForTokenClassification,
         False: AutoModelForSequenceClassification,
     }

@@ -10,25 +10,31 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.hf_config import HfModelConfig
 from model.lora import A, B
 
 BLOCK = 2**20  # elements drawn from one generator: a range costs at most two blocks more than it needs
 
 
 def initial_values(
-    name: str, shape: Sequence[int], cfg: ModelConfig, seed: int, start: int = 0, stop: int | None = None
+    name: str,
+    shape: Sequence[int],
+    cfg: ModelConfig | HfModelConfig,
+    seed: int,
+    start: int = 0,
+    stop: int | None = None,
 ) -> Tensor:
     """Elements [start, stop) of the flattened parameter `name`, fp32, 1-D, on the CPU; `stop` None means to its end.
 
     Norm weights are 1, biases 0, matrices N(0, init_std). With scale_residual_init the matrices that write into the
     residual stream (wo, w_down) are divided by sqrt(2 * n_layers), the number of such writes, so that the variance of
     the stream does not grow with depth (GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask
-    Learners", section 2.3). LoRA's B is 0 and its A uniform within 1 / sqrt(its inputs), the Kaiming-uniform values with
-    a = sqrt(5) that peft draws (He et al. 2015, arXiv:1502.01852). Raises ValueError for a range outside the parameter or
-    a name the model does not have.
+    Learners", section 2.3); of model.family hf those of the architectures whose own code does so. LoRA's B is 0 and its A
+    uniform within 1 / sqrt(its inputs), the Kaiming-uniform values with a = sqrt(5) that peft draws (He et al. 2015,
+    arXiv:1502.01852). Raises ValueError for a range outside the parameter or a name the model does not have.
     """
     numel = math.prod(shape)
     stop = numel if stop is None else stop
@@ -41,20 +47,65 @@ def initial_values(
         return _drawn(_uniform, name, numel, seed, start, stop, 1 / math.sqrt(shape[1]))
     if B in name:
         return _constant(0.0, stop - start)
+    if isinstance(cfg, HfModelConfig):
+        constant, std = _of_hf(name, len(shape), cfg)
+    else:
+        constant, std = _of_decoder(name, cfg)
+    if std is None:
+        return _constant(constant, stop - start)
+    return _drawn(_normal, name, numel, seed, start, stop, std)
+
+
+def _of_decoder(name: str, cfg: ModelConfig) -> tuple[float, float | None]:
+    """(the value of all elements, None), or (0, standard deviation)."""
     module, _, kind = name.rpartition(".")
     layer = module.rpartition(".")[2]
     if kind == "bias":
-        return _constant(0.0, stop - start)
+        return 0.0, None
     if kind == "weight" and (layer == "norm" or layer.endswith("_norm")):
-        return _constant(1.0, stop - start)
+        return 1.0, None
     if kind == "weight" and layer in ("wo", "w_down"):
-        return _drawn(_normal, name, numel, seed, start, stop, residual_init_std(cfg))
+        return 0.0, residual_init_std(cfg)
     if kind == "weight" and layer in ("embed", "pos_embed", "head", "score", "wq", "wk", "wv", "w_gate", "w_up"):
-        return _drawn(_normal, name, numel, seed, start, stop, cfg.init_std)
+        return 0.0, cfg.init_std
     raise ValueError(
         f"no initial values are defined for the parameter {name!r}; "
         "expected a name from Transformer.named_parameters(), such as 'blocks.0.attn.wq.weight'"
     )
+
+
+# Of architectures that scale them: how the names of matrices end that write into the residual stream.
+_RESIDUAL = {"gpt2": "c_proj.weight"}
+
+
+def _of_hf(name: str, dims: int, cfg: HfModelConfig) -> tuple[float, float | None]:
+    """As _of_decoder, by what transformers' models begin with: vectors named weight are those of norms."""
+    kind = name.rpartition(".")[2]
+    if kind == "bias":
+        return 0.0, None
+    if kind == "weight" and dims == 1:
+        return 1.0, None
+    if kind == "weight":
+        residual = name.endswith(_RESIDUAL.get(cfg.model_type, "\0"))
+        return 0.0, cfg.init_std / math.sqrt(2 * cfg.n_layers) if residual else cfg.init_std
+    raise ValueError(
+        f"no initial values are defined for the parameter {name!r} of a {cfg.model_type}; expected one that is named weight "
+        "or bias"
+    )
+
+
+@torch.no_grad()
+def fill(model: nn.Module, cfg: ModelConfig | HfModelConfig, seed: int) -> None:
+    """Give every parameter its initial_values for `seed`, in place and in its own dtype."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, which has no memory to fill; call to_empty(device='cpu') first"
+            )
+        flat = parameter.view(-1)
+        for start in range(0, parameter.numel(), BLOCK):
+            stop = min(start + BLOCK, parameter.numel())
+            flat[start:stop] = initial_values(name, parameter.shape, cfg, seed, start, stop)
 
 
 def residual_init_std(cfg: ModelConfig) -> float:

@@ -46,11 +46,11 @@ def linear_layers(model: nn.Module) -> dict[str, list[str]]:
 def targets_of(model: nn.Module, cfg: LoraConfig) -> list[str]:
     """The last parts of the names of what gets adapters. Raises LoraError where a target names nothing."""
     known = sorted(linear_layers(model))
-    wrong = [name for name in cfg.targets or () if name not in known]
-    if wrong or not known:
+    if not known:  # transformers' GPT-2 has a class of its own for them
+        raise LoraError("lora: the model's blocks have no torch.nn.Linear, which alone gets adapters; leave lora out")
+    if wrong := [name for name in cfg.targets or () if name not in known]:
         raise LoraError(
-            f"lora.targets: {', '.join(wrong) or 'nothing'} names no linear layer of the model's blocks; they are "
-            f"{', '.join(known) or 'none'}"
+            f"lora.targets: {', '.join(wrong)} names no linear layer of the model's blocks; they are {', '.join(known)}"
         )
     return known if cfg.targets is None else sorted(set(cfg.targets))
 

@@ -32,10 +32,13 @@ def chunk_tokens_for(vocab_size: int, device: torch.device) -> int:
     return max(ACCELERATOR_CHUNK_MIN_TOKENS, ACCELERATOR_CHUNK_BYTES // (4 * vocab_size))
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None) -> Tensor:
-    """Sum of the cross-entropies, in nats, of softmax(hidden @ weight.T) against `targets`.
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Sum of the cross-entropies, in nats, of softmax(hidden @ weight.T + bias) against `targets`.
 
     hidden: (..., D), any float type.   weight: (V, D), the same type.   targets: (...) int64, IGNORE_INDEX not counted.
+    bias: (V,), the same type; None: no bias.
     chunk_tokens: tokens at a time; None picks by vocabulary and device. It changes memory and rounding only.
     Returns a scalar, fp32 (fp64 for fp64 inputs); 0 when every target is ignored. Logits are computed in the inputs'
     type (under autocast: in its type), softmax and sums in fp32. It can be differentiated once.
@@ -44,9 +47,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     loss: Tensor = _LinearCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
+        bias,
         targets.reshape(-1),
         chunk_tokens or chunk_tokens_for(weight.shape[0], hidden.device),
         torch.is_grad_enabled(),  # inside a Function's forward it is always off
@@ -57,10 +62,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, grad_enabled: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk_tokens: int,
+        grad_enabled: bool,
     ) -> Tensor:
-        hidden_needs_grad = grad_enabled and ctx.needs_input_grad[0]
-        weight_needs_grad = grad_enabled and ctx.needs_input_grad[1]
+        hidden_needs_grad, weight_needs_grad, bias_needs_grad = (grad_enabled and n for n in ctx.needs_input_grad[:3])
         n_tokens = hidden.shape[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         ignored = (targets == IGNORE_INDEX).unsqueeze(1)  # (N, 1)
@@ -68,19 +78,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=wide)
         grad_hidden = hidden.new_empty(hidden.shape) if hidden_needs_grad else None
         grad_weight = None
+        grad_bias = weight.new_zeros(weight.shape[0], dtype=wide) if bias_needs_grad else None
 
         for start in range(0, n_tokens, chunk_tokens):
             here = slice(start, min(start + chunk_tokens, n_tokens))
-            log_probs = torch.log_softmax(hidden[here] @ weight.T, dim=-1, dtype=wide)  # (C, D) -> (C, V)
+            logits = hidden[here] @ weight.T if bias is None else torch.addmm(bias, hidden[here], weight.T)
+            log_probs = torch.log_softmax(logits, dim=-1, dtype=wide)  # (C, V)
+            del logits
             picked = log_probs.gather(1, picks[here])  # (C, 1)
             loss -= picked.masked_fill(ignored[here], 0).sum()
-            if not (hidden_needs_grad or weight_needs_grad):
+            if not (hidden_needs_grad or weight_needs_grad or bias_needs_grad):
                 continue
             # The gradient with respect to the logits is softmax - one_hot.
             grad_logits = log_probs.exp_().scatter_(1, picks[here], picked.expm1()).to(weight.dtype)  # (C, V)
             del log_probs
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[here])
+            if grad_bias is not None:
+                grad_bias += grad_logits.masked_fill(ignored[here], 0).sum(dim=0, dtype=wide)
             if weight_needs_grad:
                 # Ignored rows are dropped on the narrow side: D is smaller than V.
                 part = grad_logits.T @ hidden[here].masked_fill(ignored[here], 0)  # (V, D)
@@ -96,16 +111,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if weight_needs_grad and grad_weight is None:  # no tokens at all
             grad_weight = torch.zeros_like(weight)
         # Kept as attributes and not by save_for_backward, which is for inputs and outputs.
-        ctx.grad_hidden, ctx.grad_weight, ctx.dtype = grad_hidden, grad_weight, weight.dtype
+        ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias, ctx.dtype = grad_hidden, grad_weight, grad_bias, weight.dtype
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden = None if ctx.grad_hidden is None else ctx.grad_hidden * grad_loss
         # The sum over chunks is still wide here: scaled first, then rounded once.
         grad_weight = None
         if ctx.grad_weight is not None:
             grad_weight = torch.empty_like(ctx.grad_weight, dtype=ctx.dtype)
             torch.mul(ctx.grad_weight, grad_loss, out=grad_weight)
-        return grad_hidden, grad_weight, None, None, None
+        grad_bias = None if ctx.grad_bias is None else (ctx.grad_bias * grad_loss).to(ctx.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None

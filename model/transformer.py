@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.attention import CausalAttention, Mask, document_mask, flex_serves, positions_in_documents
 from model.config import ModelConfig
-from model.init import BLOCK, initial_values
+from model.init import fill
 from model.loss import linear_cross_entropy
 
 # B batch, T sequence, D d_model, F d_ff, V vocab, N query heads, K key/value heads, H head_dim
@@ -229,15 +229,11 @@ class Transformer(nn.Module):
         """
         assert documents is None or cache is None, "a cache is of rows that are one document each"
         first, T = 0 if cache is None else cache.length, tokens.shape[1]
-        if self.cfg.seq_len < first + T:
-            raise ValueError(
-                f"got sequences of {first + T} tokens, but model.seq_len={self.cfg.seq_len} is the longest; "
-                f"cut them, or build the model with seq_len {first + T} or more"
-            )
+        check_length(first + T, self.cfg.seq_len)
         positions = torch.arange(first, first + T, device=tokens.device)
         mask = None
         if documents is not None:
-            _check_documents(documents, tokens)
+            check_documents(documents, tokens)
             positions = positions_in_documents(documents)  # (T,) -> (B, T)
             mask = document_mask(documents, flex_serves(self.cfg, T, tokens.device, self.training))
         elif first and T > 1:
@@ -253,18 +249,9 @@ class Transformer(nn.Module):
             x = block(x, cos, sin, mask) if cache is None else block(x, cos, sin, mask, cache.layers[layer])
         return self.norm(x)
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> "Transformer":
         """Fill every parameter with its initial_values for `seed`, in place and in its own dtype; returns self."""
-        for name, parameter in self.named_parameters():
-            if parameter.is_meta:
-                raise ValueError(
-                    f"{name} is on the meta device, which has no memory to fill; call to_empty(device='cpu') first"
-                )
-            flat = parameter.view(-1)
-            for start in range(0, parameter.numel(), BLOCK):
-                stop = min(start + BLOCK, parameter.numel())
-                flat[start:stop] = initial_values(name, parameter.shape, self.cfg, seed, start, stop)
+        fill(self, self.cfg, seed)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
@@ -275,7 +262,15 @@ class Transformer(nn.Module):
         return self
 
 
-def _check_documents(documents: Tensor, tokens: Tensor) -> None:
+def check_length(length: int, longest: int) -> None:
+    if length > longest:
+        raise ValueError(
+            f"got sequences of {length} tokens, but model.seq_len={longest} is the longest; "
+            f"cut them, or build the model with seq_len {length} or more"
+        )
+
+
+def check_documents(documents: Tensor, tokens: Tensor) -> None:
     if documents.shape != tokens.shape or documents.is_floating_point() or documents.dtype == torch.bool:
         raise ValueError(
             f"documents are {tuple(documents.shape)} of {documents.dtype}; expected one integer for each of the tokens "

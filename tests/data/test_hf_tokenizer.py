@@ -208,13 +208,21 @@ def test_a_changed_copy_is_refused(byte_level, tmp_path):
         load_tokenizer(tmp_path / "t")
 
 
-def test_no_end_of_document(word_piece, byte_level):
+def test_no_end_of_document(word_piece, byte_level, tmp_path):
     with pytest.raises(
         TokenizerError, match=r"names no token that ends .*eos_token to one of its own, such as '\[PAD\]'"
     ):
-        load_tokenizer(word_piece)
+        load_tokenizer(copy(word_piece, tmp_path / "t", sep_token=None))
     with pytest.raises(TokenizerError, match=r"eos_token='</s>' is no token of .*such as '<\|endoftext\|>'"):
         load_tokenizer(byte_level, eos_token="</s>")
+
+
+def test_documents_of_a_bert_end_with_its_separator(word_piece, tmp_path):
+    folder = copy(word_piece, tmp_path / "t", mask_token="[MASK]")
+    tokenizer = load_tokenizer(folder)
+    ids = [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id]
+    assert (tokenizer.eos_id, ids) == (3, [0, 2, 3, 4])
+    assert load_tokenizer(word_piece).mask_id is None
 
 
 def test_no_end_of_document_and_no_special_tokens(tmp_path):

@@ -7,9 +7,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 from test_hf import assert_same, batch, build_hf, llama, ours_from
+from test_hf_model import config_of, rows
+from transformers import AutoModelForMaskedLM
 
 from model.classifier import Classifier
 from model.config import ModelConfig
+from model.hf_config import to_transformers
+from model.hf_model import HfModel
 from model.init import initial_values
 from model.lora import (
     LoraConfig,
@@ -66,6 +70,37 @@ def test_losses_and_gradients_are_those_of_peft_around_transformers(targets):
     for name, p in adapters:
         assert_same(p.grad, of_theirs[theirs_for(name)].grad, name, 1e-4)
     assert all(p.grad is None for name, p in ours.named_parameters() if not is_adapter(name))
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "electra"])
+def test_models_that_transformers_builds_take_them_as_well(kind):
+    cfg, lora = config_of("masked", kind), LoraConfig(rank=2, alpha=3.0)
+    ours = HfModel(cfg).init_weights(3)
+    layers = [name for names in linear_layers(ours).values() for name in names]
+    add_adapters(ours, lora, ())
+    theirs = AutoModelForMaskedLM.from_config(to_transformers(cfg, pad_token_id=None))
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=2, lora_alpha=3.0, target_modules=layers))
+    of_theirs = {name.removeprefix("base_model.model."): p for name, p in theirs.named_parameters()}
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            p.copy_(values_of(name, p) if is_adapter(name) else p + values_of(name, p) / 3)
+            of_theirs[name].copy_(p)
+    trained = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    assert trained.keys() == {name for name, p in of_theirs.items() if p.requires_grad}
+    tokens, targets = rows()
+    loss = ours.eval()(tokens, targets)
+    logits = theirs.eval()(tokens).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    assert_same(loss.detach(), expected.detach(), "loss")
+    loss.backward()
+    expected.backward()
+    for name, p in trained.items():
+        assert_same(p.grad, of_theirs[name].grad, name, 1e-4)
+
+
+def test_layers_that_are_not_linear_layers_of_torch_are_refused():
+    with pytest.raises(LoraError, match="lora: the model's blocks have no torch.nn.Linear, which alone gets adapters"):
+        targets_of(HfModel(config_of("causal", "gpt2")), LoraConfig())
 
 
 def test_merged_weights_are_those_that_peft_merges_and_any_range_has_the_same_bits():

@@ -11,7 +11,7 @@ import yaml
 from launcher.config import ConfigError, OriginConfig, contradictions, load_config, to_yaml
 from launcher.origin import load_finetune_config
 from launcher.trained import build_model
-from model.transformer import Transformer
+from model.network import build_network
 from parallel.deepspeed_config import check_passthrough
 
 RECIPES = sorted(Path("configs").glob("*.yaml"))
@@ -36,7 +36,7 @@ def test_every_recipe_loads_and_its_model_can_be_built(path):
     cfg = load_config(str(path), [])
     assert check_passthrough(cfg.parallel) == []
     with torch.device("meta"):
-        model = Transformer(cfg.model)
+        model = build_network(cfg.model)
     assert sum(p.numel() for p in model.parameters()) == cfg.model.n_params
 
 

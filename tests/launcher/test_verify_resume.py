@@ -18,7 +18,8 @@ from launcher.verify_resume import MARKER, Start, VerifyError, main, scratch_fol
 from runs import ROOT, environment, write_recipe
 
 STEPS = 8
-RECIPES = sorted(Path("configs").glob("*.yaml"))
+# Masked models need a corpus of their own: tests/launcher/test_masked_run.py resumes one.
+RECIPES = [path for path in sorted(Path("configs").glob("*.yaml")) if "family: hf" not in path.read_text()]
 
 # Stands before launcher/pretrain.py in --launch and does not train: it writes a run's files as `act` says.
 FAKE = """

@@ -5,6 +5,9 @@ import shutil
 
 import pytest
 import torch
+import yaml
+from masked_runs import RECIPE as MASKED
+from masked_runs import make_corpus
 from task_runs import make_origin, tune, write_lines, write_recipe
 from test_task_run import LABELS, LINES, evaluated, logged
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -54,14 +57,15 @@ class Lone:
                 yield Fragment(name, kind, 0, weight.flatten() if trained else weight.flatten().bfloat16())
 
 
-def make_run(folder, corpus, family, task, **lora):
+def make_run(folder, corpus, family, task, data=None, model=None, **lora):
     """A run's folder as a tuning with LoRA leaves it: in bf16, its adapters of some size."""
-    model = FAMILIES[family][0].model_dump(mode="json")
+    model = model or FAMILIES[family][0].model_dump(mode="json")
     raw = {
         "run": {"name": family, "folder": str(folder)},
         "init": "runs/base@7",
         "origin": {"step": 7, "digest": "0123", "tokenizer": "4567", "model": model},
         "task": task,
+        "data": data or {},
         "lora": {"rank": 4, **lora},
         "model": model,
         "optim": {"warmup_steps": 0},
@@ -112,6 +116,16 @@ def test_an_export_is_one_plain_model_and_computes_what_the_run_did(
     of_export = capsys.readouterr().out
     assert generate.main([str(run_dir), "--prompt", "def ", "--temperature", "0", "--tokens", "8"]) == 0
     assert capsys.readouterr().out == of_export or dtype == "bf16"  # then of other weights, by their rounding
+
+
+@pytest.mark.slow
+def test_a_masked_model_of_transformers_is_merged_and_exported_as_well(tmp_path, short_proof):
+    corpus, recipe = make_corpus(tmp_path), yaml.safe_load(MASKED.format(folder="", corpus=tmp_path / "prepared"))
+    run_dir = make_run(tmp_path / "runs", corpus, "bert", {"kind": "text"}, recipe["data"], recipe["model"])
+    assert export.main([str(run_dir), "--output", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out/export_report.json").read_text())
+    assert report["architecture"] == "BertForMaskedLM"
+    assert report["lora"]["merged"]["largest_difference"] > 0
 
 
 def test_an_export_that_leaves_the_adapters_out_is_refused(corpus, tmp_path, short_proof, capsys, monkeypatch):

@@ -3,7 +3,7 @@
     python tests/benchmarks/lora.py --train sst2-train.tsv --valid sst2-dev.tsv --text 'wikitext2-*.txt' --work DIR
 
 Accuracy is of the small model of finetune.py, pretrained as there or given by --origin, after the last step: the mean and
-the range over seeds. Memory is the largest resident size of a process that tunes a Llama of 58M drawn weights in bf16 for
+the range over seeds. Memory is the largest resident size of a process that tunes a Llama of 60M drawn weights in bf16 for
 a few steps, its first checkpoint included, beside that of one which tunes the small model: the difference is what the
 larger model costs.
 """
@@ -87,11 +87,11 @@ def main() -> None:
     assert sorted(set(read(args.train)[1])) == ["0", "1"]
     origin = args.origin or pretrain(args, "pretrained", args.pretrain_steps, 4e-3)
     large = make_large(args, origin)
-    print("| | trained | of | checkpoint, MB | accuracy | 58M: trained | checkpoint, MB | peak memory, GiB |")
+    print("| | trained | of | checkpoint, MB | accuracy | 60M: trained | checkpoint, MB | peak memory, GiB |")
     print("|---|---|---|---|---|---|---|---|")
     for way, lora in WAYS.items():
         name = way.replace(" ", "-")
-        big = facts(tune(args, f"{name}-58M", large, lora, 0, 3))
+        big = facts(tune(args, f"{name}-60M", large, lora, 0, 3))
         small = [facts(tune(args, name, origin, lora, seed, args.steps)) for seed in range(args.seeds)]
         scores = [found["accuracy"] for found in small]
         print(

@@ -8,7 +8,7 @@ alone, so that no weight stays at random values unseen. Once the run has begun i
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -231,16 +231,20 @@ def load_finetune_config(path: str, overrides: list[str]) -> FinetuneConfig:
         opened = open_origin(
             init, (raw.get("origin") or {}).get("step") if isinstance(raw.get("origin"), dict) else None
         )
-        origin, kind = opened.identity(), opened.tokenizer
-        tokenizer = {
-            "kind": "huggingface" if isinstance(kind, HuggingFaceTokenizer) else "sentencepiece",
-            "path": str(kind.folder),
-            "vocab_size": kind.vocab_size,
-        }
+        origin, tokenizer = opened.identity(), tokenizer_section(opened.tokenizer)
     _put_in(raw, path, origin, tokenizer)
     cfg = validate(raw, path)
     assert isinstance(cfg, FinetuneConfig)
     return cfg
+
+
+def tokenizer_section(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The data section's, of a tokenizer that is there."""
+    return {
+        "kind": "huggingface" if isinstance(tokenizer, HuggingFaceTokenizer) else "sentencepiece",
+        "path": str(tokenizer.folder),
+        "vocab_size": tokenizer.vocab_size,
+    }
 
 
 def _saved_beside(raw: dict[str, Any]) -> dict[str, Any] | None:
@@ -253,29 +257,40 @@ def _saved_beside(raw: dict[str, Any]) -> dict[str, Any] | None:
 
 def _put_in(raw: dict[str, Any], path: str, origin: OriginConfig, tokenizer: dict[str, Any]) -> None:
     """Complete a recipe with what its origin says. Raises ConfigError where the two contradict each other."""
-    wrong, theirs = [], origin.model.model_dump(mode="json")
-    given = raw.get("model") or {}
-    if not isinstance(given, dict):
-        raise ConfigError(f"{path}: model: got {type(given).__name__}; expected keys such as dropout, or none at all")
-    for key, value in given.items():
-        allowed = key in MAY_DIFFER and not (key == "seq_len" and origin.model.positions == "learned")
-        if key in theirs and not allowed and value != theirs[key]:
-            wrong.append(f"  model.{key}: got {value!r}, and {raw['init']} has {theirs[key]!r}; leave it out")
-    before = raw.get("origin")
+    wrong, before = [], raw.get("origin")
     if before is not None and before != (found := origin.model_dump(mode="json")):
         differ = sorted(k for k in found if not isinstance(before, dict) or before.get(k) != found[k])
         wrong.append(
             f"  origin: {raw['init']} is not what it was: another {', '.join(differ)}; restore it, or leave origin out"
         )
+    put_in_model(raw, path, raw["init"], origin.model, tokenizer, wrong)
+    raw["origin"] = origin.model_dump(mode="json")
+
+
+def put_in_model(
+    raw: dict[str, Any], path: str, init: str, model: ModelConfig, tokenizer: dict[str, Any], wrong: Sequence[str] = ()
+) -> None:
+    """Complete a recipe with the model and tokenizer of `init`.
+
+    wrong: lines of what is wrong already. Raises ConfigError where recipe and origin contradict each other.
+    """
+    wrong, theirs = list(wrong), model.model_dump(mode="json")
+    given = raw.get("model") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path}: model: got {type(given).__name__}; expected keys such as dropout, or none at all")
+    for key, value in given.items():
+        allowed = key in MAY_DIFFER and not (key == "seq_len" and model.positions == "learned")
+        if key in theirs and not allowed and value != theirs[key]:
+            wrong.append(f"  model.{key}: got {value!r}, and {init} has {theirs[key]!r}; leave it out")
     data = raw.setdefault("data", {})
     own = data.get("tokenizer") if isinstance(data, dict) else None
     for key, value in own.items() if isinstance(own, dict) else ():
         if value != tokenizer.get(key):
             has = f"has {tokenizer[key]!r}" if key in tokenizer else "has one already"
-            wrong.append(f"  data.tokenizer.{key}: got {value!r}, and {raw['init']} {has}; leave it out")
+            wrong.append(f"  data.tokenizer.{key}: got {value!r}, and {init} {has}; leave it out")
     if wrong:
         raise ConfigError(f"{path}: {len(wrong)} wrong\n" + "\n".join(wrong))
-    raw["model"], raw["origin"] = theirs | given, origin.model_dump(mode="json")
+    raw["model"] = theirs | given
     if isinstance(data, dict) and (own is None or isinstance(own, dict)):  # validate tells of another
         data["tokenizer"] = tokenizer
 

@@ -303,7 +303,7 @@ def announce(
     assert metrics is not None
     mesh = engine.mesh
     save_config(cfg)  # at each start: what was changed on purpose is what the next resume is held to
-    if start == 1:
+    if not (cfg.run_dir / "tokenizer").is_dir():
         data.tokenizer.save(cfg.run_dir / "tokenizer")  # so that the run's weights can be used without its corpus
     ledger.add(
         "start",

@@ -220,8 +220,8 @@ def _check_vocabulary(cfg: RunConfig, tokenizer: Tokenizer) -> None:
         raise ConfigError(
             f"model.vocab_size={ours} is smaller than the vocabulary of {where}, {theirs}; set it to {theirs} or more"
         )
-    if isinstance(cfg, FinetuneConfig):
-        return  # how much larger it is was decided by who made the origin
+    if isinstance(cfg, FinetuneConfig) or Ledger(cfg.run_dir).imported() is not None:
+        return  # how much larger it is was decided by who made the model
     if ours > theirs and (ours % 64 or ours - theirs >= 256):
         raise ConfigError(
             f"model.vocab_size={ours} is larger than the vocabulary of {where}, {theirs}; set it to {theirs}, "

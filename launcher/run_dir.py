@@ -146,9 +146,14 @@ class Ledger:
         """Whether the run was evaluated and ended at this step."""
         return any(event["event"] == "finished" and event.get("step") == step for event in self.events())
 
-    def saved_step(self) -> int:
-        """Of the newest checkpoint that it tells of, 0 where there is none."""
-        return next((int(event["step"]) for event in reversed(self.events()) if event["event"] == "checkpoint"), 0)
+    def saved_step(self) -> int | None:
+        """Of the newest checkpoint that it tells of, None where there is none; 0: of what was imported."""
+        saved = ("checkpoint", "imported")
+        return next((int(event["step"]) for event in reversed(self.events()) if event["event"] in saved), None)
+
+    def imported(self) -> dict[str, Any] | None:
+        """What the run was imported from: "place" and "digest"; None for one that was not."""
+        return next((event for event in self.events() if event["event"] == "imported"), None)
 
     def left_out(self) -> list[tuple[int, int]]:
         """Stretches of samples that rewinds have left out, first and last each, in the order of the rewinds."""

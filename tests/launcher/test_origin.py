@@ -257,7 +257,10 @@ def test_a_damaged_origin_is_refused_with_2(origin, folder, corpus, tmp_path, ca
     cut(copy / "model.safetensors")
     assert "model.safetensors cannot be read" in refused(capsys, recipe, f"init={copy}")
     (copy / "model.safetensors").unlink()
-    assert "has neither model.safetensors nor model.safetensors.index.json" in refused(capsys, recipe, f"init={copy}")
+    assert (
+        "has no weights, neither model.safetensors nor model.safetensors.index.json; fetch the folder whole"
+        in refused(capsys, recipe, f"init={copy}")
+    )
 
 
 def test_a_folder_that_is_not_what_it_says_is_refused(folder, corpus, tmp_path, capsys):

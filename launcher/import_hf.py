@@ -22,7 +22,16 @@ from torch import Tensor
 
 from data.errors import DataError
 from launcher.config import ConfigError, RunConfig, is_finetune, read_recipe, to_yaml, validate
-from launcher.origin import HUB, FolderOrigin, open_origin, put_in_model, tokenizer_section
+from launcher.origin import (
+    HUB,
+    FolderOrigin,
+    GrownOrigin,
+    Origin,
+    grown_as_asked,
+    open_origin,
+    put_in_model,
+    tokenizer_section,
+)
 from launcher.redaction import hide
 from launcher.run_dir import Ledger
 from launcher.saving import Progress
@@ -51,21 +60,25 @@ def open_folder(place: str) -> FolderOrigin:
     return opened
 
 
-def load_import_config(path: str, overrides: list[str], opened: FolderOrigin) -> RunConfig:
-    """A recipe with model and tokenizer of the folder put in. Raises ConfigError where they contradict each other."""
+def load_import_config(path: str, overrides: list[str], opened: FolderOrigin) -> tuple[RunConfig, Origin]:
+    """A recipe with model and tokenizer of the folder put in, and the folder's model, grown where the recipe adds tokens.
+
+    Raises ConfigError where recipe and folder contradict each other.
+    """
     raw = read_recipe(path, overrides)
     if is_finetune(raw):
         raise ConfigError(
             f"{path} has init and task, so it is of a fine-tuning, which begins with a folder by itself: "
             f"launcher/finetune.py --config {path} init={opened.place}"
         )
-    put_in_model(raw, path, str(opened), opened.model, tokenizer_section(opened.tokenizer))
+    origin, tokenizer = grown_as_asked(opened, raw)
+    put_in_model(raw, path, str(opened), origin.model, tokenizer)
     cfg = validate(raw, path)
-    raw["data"]["tokenizer"]["path"] = str(cfg.run_dir / "tokenizer")
-    return validate(raw, path)
+    raw["data"]["tokenizer"] = tokenizer_section(origin.tokenizer) | {"path": str(cfg.run_dir / "tokenizer")}
+    return validate(raw, path), origin
 
 
-def import_folder(opened: FolderOrigin, cfg: RunConfig, place: str) -> None:
+def import_folder(opened: Origin, cfg: RunConfig, place: str) -> None:
     """Write the run's folder. Raises StagingError where it cannot be, ValueError for weights that are not finite."""
     n_bytes = sum(4 * math.prod(shape) for shape in opened.shapes.values())
     with staging_for(cfg.run_dir, n_bytes + SLACK_BYTES, "import", CHOOSE) as staging:
@@ -75,7 +88,7 @@ def import_folder(opened: FolderOrigin, cfg: RunConfig, place: str) -> None:
         Ledger(staging).add("imported", step=0, place=place, digest=opened.digest)
 
 
-def manifest_of(opened: FolderOrigin, cfg: RunConfig) -> Manifest:
+def manifest_of(opened: Origin, cfg: RunConfig) -> Manifest:
     totals: dict[str, Any] = asdict(Progress())
     return Manifest(
         step=totals.pop("step"),
@@ -91,7 +104,7 @@ def manifest_of(opened: FolderOrigin, cfg: RunConfig) -> Manifest:
     )
 
 
-def weights_of(opened: FolderOrigin) -> Iterator[tuple[str, Tensor]]:
+def weights_of(opened: Origin) -> Iterator[tuple[str, Tensor]]:
     for name, shape in opened.shapes.items():
         yield name, opened.read(name, 0, math.prod(shape))
 
@@ -111,22 +124,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
     try:
-        opened = open_folder(args.folder)
-        cfg = load_import_config(args.config, args.overrides, opened)
+        cfg, origin = load_import_config(args.config, args.overrides, open_folder(args.folder))
         check_absent(cfg.run_dir, CHOOSE)
-        import_folder(opened, cfg, args.folder)
+        import_folder(origin, cfg, args.folder)
     except (ConfigError, DataError, StagingError, ValueError) as error:
         print(hide(f"import_hf: {error}"), file=sys.stderr)
         return 2
     except OSError as error:
         print(hide(f"import_hf: {error}"), file=sys.stderr)
         return 1
-    recipe = cfg.run_dir / "config.yaml"
-    print(
-        f"{cfg.run_dir}: {sum(map(math.prod, opened.shapes.values())):,} parameters of {args.folder} as step 0\n"
-        f"  prepare its text  python launcher/prepare.py --config {recipe}\n"
-        f"  go on from it     deepspeed launcher/pretrain.py --config {recipe}"
-    )
+    recipe, n = cfg.run_dir / "config.yaml", sum(map(math.prod, origin.shapes.values()))
+    print(f"{cfg.run_dir}: {n:,} parameters of {args.folder} as step 0")
+    if isinstance(origin, GrownOrigin):
+        print(origin.told())
+    print(f"  prepare its text  python launcher/prepare.py --config {recipe}")
+    print(f"  go on from it     deepspeed launcher/pretrain.py --config {recipe}")
     return 0
 
 

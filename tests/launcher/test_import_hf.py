@@ -152,6 +152,17 @@ def test_pretraining_goes_on_from_it_without_the_folder(folders, recipe, tmp_pat
     assert [event["step"] for event in Ledger(run_dir).events() if event["event"] == "start"] == [0, 2]
 
 
+def test_its_vocabulary_grows_where_the_recipe_adds_tokens(folders, recipe, capsys):
+    run_dir = bring_in(folders("llama"), recipe, "data.tokenizer.add_tokens=['<tool>']")
+    assert "grown: rows 512 to 512 of embed.weight and head.weight are the mean" in capsys.readouterr().out
+    found = open_checkpoint(run_dir, 0)
+    assert found.cfg.model.vocab_size == found.tokenizer().vocab_size == 513
+    assert found.cfg.data.tokenizer.add_tokens == []  # the run's own tokenizer has them
+    for name in ("embed.weight", "head.weight"):
+        rows = found.reader.tensor(name)
+        assert torch.allclose(rows[512], rows[:512].mean(0), rtol=0, atol=1e-6)
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------------
 
 

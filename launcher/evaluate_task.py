@@ -7,12 +7,16 @@ import torch
 from data.examples import hold_out
 from launcher.config import FinetuneConfig
 from launcher.tally import count
+from launcher.task_config import ChatTask
 from launcher.task_examples import encode_task, read_task
 from launcher.trained import Trained
 
 
 def on_examples(trained: Trained, cfg: FinetuneConfig, paths: list[str], batch: int) -> dict[str, Any]:
-    """As the run evaluates itself. paths: none for its own held-out examples. Raises ValueError where there are none."""
+    """As the run evaluates itself. paths: none for its own held-out examples. Raises ValueError where there are none.
+
+    confusion: a row for each true label, a column for each that was found, both in the order of labels.
+    """
     task = cfg.task
     assert task.kind != "text"
     if paths or task.valid:
@@ -31,7 +35,7 @@ def on_examples(trained: Trained, cfg: FinetuneConfig, paths: list[str], batch: 
         "overall": tally.values(task, rows),
         "notes": rows.notes,
         "table": tally.text(task),
-    }
+    } | ({"labels": list(task.labels), "confusion": tally.confusion.tolist()} if not isinstance(task, ChatTask) else {})
 
 
 def task_table(found: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ from launcher.metrics import Clock, MetricsLog, describe, peak_flops, peak_host_
 from launcher.read_log import ReadLog
 from launcher.redaction import HidingFormatter, hide
 from launcher.run_data import AnyLoader, RunData
-from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, save_config
+from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, remove_unbegun, save_config
 from launcher.saving import Progress, Saves, never_saved, resume
 from launcher.signals import StopFlag, signal_name
 from launcher.start import PRETRAIN, Command, check, is_finished, open_again, parse_arguments, refuse_stop_behind
@@ -464,8 +464,12 @@ def main(argv: list[str], command: Command = PRETRAIN) -> int:
         refuse_stop_behind(cfg, steps)
         if place.rank == 0:
             prepare_run_dir(cfg, needed_bytes=12 * cfg.model.n_params)  # fp32 weights and two moments
-            with sole_writer(cfg.run_dir) as lease:
-                return run(cfg, place, data, lease, command)
+            try:
+                with sole_writer(cfg.run_dir) as lease:
+                    return run(cfg, place, data, lease, command)
+            except ConfigError:  # found by all ranks together: an origin that is damaged
+                remove_unbegun(cfg.run_dir)
+                raise
         return run(cfg, place, data, None, command)
     except (ConfigError, DataError, RunDirError, LaunchError, LimitError) as error:
         if local_rank == 0:

@@ -21,6 +21,8 @@ from parallel.checkpoint import committed_steps
 
 log = logging.getLogger(__name__)
 
+FOLDERS, FILES = ("logs", "reads", "tensorboard"), ("ledger.jsonl", "metrics.jsonl")  # of every run, empty at first
+
 
 class RunDirError(RuntimeError):
     """The run's folder cannot be used; nothing in it was changed."""
@@ -92,9 +94,9 @@ def prepare_run_dir(cfg: RunConfig, needed_bytes: int) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0" * 4096)
         probe.unlink()
-        for folder in ("logs", "reads", "tensorboard"):
+        for folder in FOLDERS:
             (run_dir / folder).mkdir(exist_ok=True)
-        for file in ("ledger.jsonl", "metrics.jsonl"):
+        for file in FILES:
             open(run_dir / file, "ab").close()
         free = shutil.disk_usage(run_dir).free
     except OSError as error:
@@ -108,6 +110,18 @@ def prepare_run_dir(cfg: RunConfig, needed_bytes: int) -> None:
             f"{run_dir} has {free / 1e9:.2f} GB free; one checkpoint of this model takes {needed_bytes / 1e9:.2f} GB and "
             "needs that beside the last one; free some space or choose another place with run.folder"
         )
+
+
+def remove_unbegun(run_dir: Path) -> None:
+    """Remove the folder of a run that was refused before it began: what prepare_run_dir makes, as long as it is empty."""
+    with contextlib.suppress(OSError):
+        if all((run_dir / file).stat().st_size == 0 for file in FILES):
+            (run_dir / "lease/00000001.json").unlink()  # the first's; another job that has come has put its own there
+            for folder in ("lease", *FOLDERS):
+                (run_dir / folder).rmdir()  # refused where something is in it
+            for file in FILES:
+                (run_dir / file).unlink()
+            run_dir.rmdir()
 
 
 def save_config(cfg: RunConfig) -> None:

@@ -104,10 +104,10 @@ def check_run(cfg: RunConfig, allow_change: list[str], ranks: int, command: Comm
 
 
 def _refuse_other_tokenizer(cfg: RunConfig, data: RunData) -> None:
-    """Raise ConfigError where the run, which was imported or has begun, has a tokenizer and it is not that of its data."""
+    """Raise ConfigError where the run was imported, with a tokenizer that is not that of its data."""
     own = cfg.run_dir / "tokenizer"
-    if not (own / CONFIG_FILE).is_file():
-        return
+    if Ledger(cfg.run_dir).imported() is None:
+        return  # its first save holds it to its data
     if (theirs := read_config(own / CONFIG_FILE).get("fingerprint")) != data.tokenizer.fingerprint:
         raise ConfigError(
             f"{data.tokenizer.folder} has the tokenizer {data.tokenizer.fingerprint}, the run has {theirs} in {own}, to "

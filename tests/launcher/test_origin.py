@@ -254,6 +254,7 @@ def test_a_damaged_origin_is_refused_with_2(origin, folder, corpus, tmp_path, ca
     told = refused(capsys, recipe)  # a flipped bit: all ranks look for it together before the model is built
     assert "step-00000002/rank-00001.safetensors: xxh3 " in told
     assert "name another as init: RUN@STEP" in told
+    assert not (tmp_path / "tuned/tuned").exists()
     cut(origin / "checkpoints/step-00000002/rank-00001.safetensors")
     assert "name another as init: RUN@STEP" in refused(capsys, recipe)
     copy = shutil.copytree(folder, tmp_path / "copy")

@@ -231,7 +231,7 @@ class FinetuneConfig(RunConfig, frozen=True, extra="forbid", strict=True):
 
     @property
     def what_counts(self) -> str:
-        return "tokens" if self.task.kind == "text" else "targets"
+        return {"text": "tokens", "preference": "pairs"}.get(self.task.kind, "targets")
 
 
 def _nearest_divisors(whole: int, by: int, near: int) -> list[int]:

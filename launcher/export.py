@@ -37,7 +37,7 @@ from data.tokenizer import Tokenizer
 from launcher.config import ConfigError, FinetuneConfig
 from launcher.model_card import last_held_out, model_card
 from launcher.staging import LOCK, StagingError, check_absent, staging_for
-from launcher.task_config import ChatTask
+from launcher.task_config import ChatTask, PreferenceTask
 from launcher.trained import Checkpoint, open_checkpoint
 from model.config import ModelConfig
 from model.hf_folder import (
@@ -255,7 +255,9 @@ def report_of(
     if cfg.dropout != checkpoint.cfg.model.dropout:
         notes.append(f"the run trained with dropout {checkpoint.cfg.model.dropout}; {architecture} has none")
     task = checkpoint.cfg.task if isinstance(checkpoint.cfg, FinetuneConfig) else None
-    if isinstance(task, ChatTask) and isinstance(open_template(task.template, checkpoint.tokenizer()), PlainTemplate):
+    if isinstance(task, ChatTask | PreferenceTask) and isinstance(
+        open_template(task.template, checkpoint.tokenizer()), PlainTemplate
+    ):
         notes.append(
             "the folder has no chat template: the words between messages are those of data/chat.py, and an answer ends with "
             "the end of a document; launcher/generate.py RUN --chat puts them in by itself"

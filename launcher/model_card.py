@@ -12,7 +12,7 @@ from data.fast_tokenizer import SENTENCEPIECE
 from launcher.config import FinetuneConfig, RunConfig
 from launcher.redaction import hide
 from launcher.run_dir import Ledger
-from launcher.task_config import ChatTask, ClassifyTask, TagTask, TextTask
+from launcher.task_config import ChatTask, ClassifyTask, PreferenceTask, TagTask, TextTask
 from launcher.trained import Checkpoint
 
 _LOAD = """\
@@ -196,6 +196,8 @@ def _made(checkpoint: Checkpoint) -> str:
 def _does(cfg: RunConfig) -> str:
     if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ChatTask):
         return "It was tuned on conversations, with the loss on the answers alone."
+    if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, PreferenceTask):
+        return f"It was tuned on pairs of answers, to prefer the better one (DPO, beta {cfg.task.beta:g})."
     if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ClassifyTask | TagTask):
         return f"It gives {'each word' if isinstance(cfg.task, TagTask) else 'a text'} one of {len(cfg.task.labels)} labels."
     return "It continues text; it was not taught to\nfollow instructions."

@@ -98,6 +98,7 @@ def train(
     watch.enter("start-up", 0)
     start = configure_logging(cfg, mesh, ledger)
     progress, cursor = resume(cfg, engine, initial)
+    data.begin(cfg, engine, cursor)
     loader = data.loader(cfg, mesh, cursor)
     reads = ReadLog(cfg.run_dir, start, mesh.dp_rank)
     metrics = MetricsLog(cfg.run_dir, progress.step) if mesh.rank == 0 else None
@@ -206,9 +207,8 @@ def train_step(
     """
     losses, where = [], engine.mesh.device
     for a in range(len(batch.tokens)):  # (B, T) each
-        parts = (
-            (batch.tokens, batch.targets) if batch.documents is None else (batch.tokens, batch.targets, batch.documents)
-        )
+        every = (batch.tokens, batch.targets, batch.documents, batch.reference)
+        parts = [part for part in every if part is not None]
         enter("forward")
         loss = engine.forward(*(part[a].to(where, non_blocking=True) for part in parts))
         enter("backward")

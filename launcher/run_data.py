@@ -21,6 +21,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from launcher.config import ConfigError, FinetuneConfig, RunConfig
 from launcher.held_out import score_names
 from launcher.run_dir import Ledger
+from parallel.engine import Engine
 from parallel.mesh import Mesh
 
 AnyLoader = Loader | StreamLoader | RowLoader
@@ -38,6 +39,9 @@ class RunData(ABC):
     @abstractmethod
     def loader(self, cfg: RunConfig, mesh: Mesh, cursor: dict[str, Any] | None) -> AnyLoader:
         """The batches of this rank from the cursor on, from the beginning without one."""
+
+    def begin(self, cfg: RunConfig, engine: Engine, cursor: dict[str, Any] | None) -> None:  # noqa: B027  (mostly nothing)
+        """What the data needs of the model before the loader is asked for; cursor None: before its first step."""
 
     @abstractmethod
     def shares(self, sample: int) -> dict[str, float]:

@@ -13,10 +13,11 @@ from torch import Tensor
 from data.fast_tokenizer import before_text, load_exported
 from data.tokenizer import Tokenizer
 from launcher.config import FinetuneConfig, RunConfig, validate
-from launcher.task_config import ClassifyTask, TagTask
+from launcher.task_config import ClassifyTask, PreferenceTask, TagTask
 from model.classifier import Classifier
 from model.hf import LabelHead
 from model.hf_folder import DTYPES, is_hf_folder, read_config, read_model
+from model.preference import Preference
 from model.transformer import Transformer
 from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps, faults, folder_name
 
@@ -25,6 +26,8 @@ def build_model(cfg: RunConfig) -> Transformer:
     """The model that a run of this config trains; its parameters have no values."""
     if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ClassifyTask | TagTask):
         return Classifier(cfg.model, len(cfg.task.labels))
+    if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, PreferenceTask):
+        return Preference(cfg.model, cfg.task.beta)
     return Transformer(cfg.model)
 
 

@@ -13,10 +13,8 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -34,7 +32,6 @@ from launcher.origin import (
 )
 from launcher.redaction import hide
 from launcher.run_dir import Ledger
-from launcher.saving import Progress
 from launcher.staging import StagingError, check_absent, staging_for
 from model.hf_folder import CONFIG, is_hf_folder
 from parallel.checkpoint import Manifest
@@ -89,9 +86,8 @@ def import_folder(opened: Origin, cfg: RunConfig, place: str) -> None:
 
 
 def manifest_of(opened: Origin, cfg: RunConfig) -> Manifest:
-    totals: dict[str, Any] = asdict(Progress())
     return Manifest(
-        step=totals.pop("step"),
+        step=0,
         adam_steps=0,
         world_size=1,
         zero_stage=0,
@@ -99,7 +95,7 @@ def manifest_of(opened: Origin, cfg: RunConfig) -> Manifest:
         files={},
         cursor={},
         config=cfg.model_dump(mode="json"),
-        totals=totals,
+        totals={"tokens": 0},
         versions={name: version(name) for name in ("torch", "transformers", "longhaul")},
     )
 

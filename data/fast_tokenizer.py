@@ -19,12 +19,12 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data.hf_tokenizer import JSON_FILE, HuggingFaceTokenizer
+from data.hf_tokenizer import ADDED, JSON_FILE, HuggingFaceTokenizer
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, TokenizerError, load_tokenizer
 from data.tokenizer_base import CONFIG_FILE, as_json
 
 SENTENCEPIECE = "sentencepiece"  # folder in which a SentencePiece model lies that has no equal in tokenizer.json
-_OURS = ("kind", "fingerprint", "vocab_size")  # fields of ours in a tokenizer_config.json
+_OURS = ("kind", "fingerprint", "vocab_size", ADDED)  # fields of ours in a tokenizer_config.json
 _INPUTS = ["input_ids", "attention_mask"]  # what the models here take; token_type_ids would be refused
 
 # What libraries take for something special, drop or cut in other settings.
@@ -185,8 +185,10 @@ def prove(
     if theirs.eos_token_id != tokenizer.eos_id:
         return f"its eos_token_id is {theirs.eos_token_id}, the run's {tokenizer.eos_id}"
     n_tokens = n_characters = 0
-    for text in [*texts, *ADVERSARIAL]:
-        expected, found = tokenizer.encode(text), theirs(text, verbose=False, add_special_tokens=False).input_ids
+    added = [f"{token}a {token}{token} b{token}\n" for token in tokenizer.added_tokens]
+    for text in [*texts, *ADVERSARIAL, *added]:
+        expected = tokenizer.encode(text)
+        found = theirs(text, verbose=False, add_special_tokens=not names_are_tokens).input_ids
         if expected.tolist() != found:
             n = min(len(expected), len(found))
             first = next((i for i in range(n) if expected[i] != found[i]), n)

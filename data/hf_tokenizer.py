@@ -8,6 +8,7 @@ Whether decode gives the text back is up to the tokenizer (byte-level BPE: yes; 
 """
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data.bulk_encode import Bulk, BulkEncoder, Encoder, Gigatoken, Ids, without_special_tokens
+from data.bulk_encode import Bulk, BulkEncoder, Encoder, Gigatoken, Ids, Unsupported, without_special_tokens
 from data.tokenizer_base import (
     CONFIG_FILE,
     TokenizerBase,
@@ -24,12 +25,12 @@ from data.tokenizer_base import (
     as_json,
     read_config,
     surrogate_error,
-    write_folder,
 )
 
 JSON_FILE = "tokenizer.json"
 _KIND = "huggingface"
 # what a copy takes along besides the two that it needs
+ADDED = "added"  # field of ours in a config: the tokens that it was given
 _ALSO = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt")
 
 
@@ -56,6 +57,8 @@ class HuggingFaceTokenizer(TokenizerBase):
         self.special_tokens = sorted(token.content for token in fast.added_tokens_decoder.values() if token.special)
         self.special_ids = frozenset(vocab[token] for token in self.special_tokens)
         self._fast = fast
+        self._content = _read_files(folder)
+        self.added_tokens = tuple(json.loads(self._content.get(CONFIG_FILE, b"{}")).get(ADDED, ()))
         self.fingerprint = self._fingerprint(fast)
         self._bulk = BulkEncoder(self._encode_all, self._build_bulk, bulk)
 
@@ -121,8 +124,6 @@ class HuggingFaceTokenizer(TokenizerBase):
         places = (n for n in range(len(whole)) if whole[n : n + len(text)] == text)
         return list(whole[: next(places, 0)])
 
-    # -- its pieces ----------------------------------------------------------------------------------------------------
-
     def pieces(self) -> list[str]:
         """The text of each id, with a space where a word begins, or as the model writes it where it has a word_prefix.
 
@@ -144,21 +145,35 @@ class HuggingFaceTokenizer(TokenizerBase):
         """What a piece begins with that goes on with a word, "##" of most WordPiece models; None of other models."""
         return getattr(self._backend.model, "continuing_subword_prefix", None) or None
 
-    def save(self, folder: str | Path) -> None:
-        write_folder(Path(folder), self.files())
+    def grown(self, tokens: Sequence[str], bulk: Bulk = "auto") -> "HuggingFaceTokenizer":
+        """This one with more tokens, each found wherever a text has it. Raises TokenizerError for one that is there."""
+        self.refuse_known(tokens, self._backend.get_vocab(with_added_tokens=True))
+        tree = json.loads(self._content[JSON_FILE])
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+        tree["added_tokens"] += [
+            {"id": i, "content": token, **plain} for i, token in enumerate(tokens, self.vocab_size)
+        ]
+        config = json.loads(self.files()[CONFIG_FILE]) | {ADDED: [*self.added_tokens, *tokens]}
+        for key in ("kind", "fingerprint", "vocab_size"):
+            del config[key]  # of the one that it grows from
+        files = self._content | {JSON_FILE: as_json(tree), CONFIG_FILE: as_json(config)}
+        with tempfile.TemporaryDirectory() as folder:  # transformers reads nothing else
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            found = HuggingFaceTokenizer.load(folder, bulk, self.eos_token)
+        found.folder = self.folder
+        return found
 
     def files(self) -> dict[str, bytes]:
         """What save writes, by name."""
-        config = read_config(self.folder / CONFIG_FILE) if (self.folder / CONFIG_FILE).is_file() else {}
         ours = {
             "kind": _KIND,
             "fingerprint": self.fingerprint,
             "vocab_size": self.vocab_size,
             "eos_token": self.eos_token,
         }
-        files = {name: (self.folder / name).read_bytes() for name in _ALSO if (self.folder / name).is_file()}
-        files[JSON_FILE] = (self.folder / JSON_FILE).read_bytes()
-        return files | {CONFIG_FILE: as_json(config | ours)}
+        config = json.loads(self._content.get(CONFIG_FILE, b"{}"))
+        return self._content | {CONFIG_FILE: as_json(config | ours)}
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._backend.decode(ids, skip_special_tokens=True)
@@ -168,6 +183,8 @@ class HuggingFaceTokenizer(TokenizerBase):
         return [self.encode(text) for text in texts]  # not in one call, which would start a thread a core
 
     def _build_bulk(self) -> Encoder:
+        if self.added_tokens:
+            raise Unsupported("tokens were added to the vocabulary")
         return Gigatoken(without_special_tokens(self._backend.to_str()))
 
     def _fingerprint(self, fast: Any) -> str:
@@ -176,7 +193,7 @@ class HuggingFaceTokenizer(TokenizerBase):
             "ids": [self.eos_id, self.bos_id, self.pad_id, self.vocab_size],
             "add_prefix_space": fast.init_kwargs.get("add_prefix_space"),
         }
-        return xxhash.xxh3_64_hexdigest((self.folder / JSON_FILE).read_bytes() + json.dumps(settings).encode())
+        return xxhash.xxh3_64_hexdigest(self._content[JSON_FILE] + json.dumps(settings).encode())
 
 
 def _types(backend: Any, part: str) -> set[str]:
@@ -202,6 +219,13 @@ def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:
                 f"{folder / name} demands code of its own for the tokenizer (auto_map), which is never run; if "
                 f"{JSON_FILE} alone gives the right ids, take AutoTokenizer out of auto_map in a copy of the folder"
             )
+
+
+def _read_files(folder: Path) -> dict[str, bytes]:
+    """Of a folder, by name: what a copy needs and takes along."""
+    return {
+        name: (folder / name).read_bytes() for name in (JSON_FILE, CONFIG_FILE, *_ALSO) if (folder / name).is_file()
+    }
 
 
 def _read(folder: Path) -> Any:

@@ -48,6 +48,7 @@ class StepBatch:
     span: tuple[int, int]  # (first, one past the last) sample number of the step, over all ranks, left-out ones too
     n_targets: int  # targets that count: of the step over all ranks where they all do, else of this rank
     digest: int  # xxh3-64 of samples and tokens: what launcher/audit.py compares
+    reference: Tensor | None = None  # (A, B, 2) fp32, of pairs of answers; see data/row_loader.py
 
 
 class Loader(Iterator[StepBatch]):

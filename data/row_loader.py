@@ -42,6 +42,9 @@ class RowSet:
     where: list[str]  # of each row, "path, line 7"
     seq_len: int  # the longest row that there may be
     notes: list[str] = field(default_factory=list)  # what their user should know: what was cut or left out
+    reference: Tensor | None = (
+        None  # (rows, 2) fp32, of pairs: by the model of the first step; a row is one target then
+    )
     n_bytes: int = 0  # UTF-8 bytes of the text that targets stand for; 0 where they are labels
 
     def fingerprint(self) -> str:
@@ -134,9 +137,10 @@ class RowLoader(Iterator[StepBatch]):
         tokens, targets = (part.view(*samples.shape, -1) for part in parts[:2])  # (A * B, T) -> (A, B, T)
         documents = None if parts[2] is None else parts[2].view(*samples.shape, -1)
         self._cursor["samples"] = after
-        n_targets = int((targets != IGNORE).sum())
+        reference = None if self.rows.reference is None else self.rows.reference[rows].view(*samples.shape, 2)
+        n_targets = int((targets != IGNORE).sum()) if reference is None else samples.size
         return StepBatch(
-            tokens, targets, documents, samples, (first, after), n_targets, digest(samples, tokens.numpy())
+            tokens, targets, documents, samples, (first, after), n_targets, digest(samples, tokens.numpy()), reference
         )
 
 

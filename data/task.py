@@ -59,6 +59,21 @@ class TagTask(_Task, frozen=True, extra="forbid", strict=True):
     word_token: Literal["first", "last"] = "first"  # which token of a word has its tag; the others do not count
 
 
+class PreferenceTask(_Task, frozen=True, extra="forbid", strict=True):
+    """Which of two answers is preferred (DPO, arXiv:2305.18290)."""
+
+    formats = ("jsonl", "parquet")
+
+    kind: Literal["preference"]
+    prompt: str = "prompt"  # field: what a user says, or a list of messages as chat has them, without the last answer
+    chosen: str = "chosen"  # field: the better answer
+    rejected: str = "rejected"
+    template: Literal["plain", "tokenizer"] | None = None  # as of chat
+    too_long: Literal["refuse"] = "refuse"  # a cut answer is another one
+    empty: Literal["refuse"] = "refuse"
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1  # how dear it is to part from the reference
+
+
 class ChatTask(_Task, frozen=True, extra="forbid", strict=True):
     """Conversations: loss on the answers alone."""
 

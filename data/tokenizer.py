@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
 
 from data.bulk_encode import Bulk, BulkEncoder, Encoder, Gigatoken, Ids, Unsupported
-from data.hf_tokenizer import JSON_FILE, HuggingFaceTokenizer
+from data.hf_tokenizer import ADDED, JSON_FILE, HuggingFaceTokenizer
 from data.tokenizer_base import (
     CONFIG_FILE,
     TokenizerBase,
@@ -66,12 +66,22 @@ class TokenizerConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     path: str | None = None  # folder of an existing tokenizer to use; nothing is trained then
     eos_token: str | None = None  # huggingface: the token that ends a document, where its own config names none
     mask_token: str | None = None  # to train SentencePiece with, for masked models: a token that no text has, "[MASK]"
+    # tokens that the one at path gets besides, each found wherever a text has it, such as <tool>; vocab_size counts them
+    add_tokens: list[Annotated[str, Field(min_length=1)]] = []
     bulk: Bulk = "auto"  # auto: encode with gigatoken where its ids are proved equal; reference: never
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.kind == "huggingface" and self.path is None:
             raise ValueError("kind huggingface needs path, the folder with its tokenizer.json; nothing is trained")
+        if self.add_tokens and self.path is None:
+            raise ValueError(f"add_tokens={self.add_tokens} is for an existing tokenizer, path; one is trained here")
+        wrong = [token for token in self.add_tokens if token != token.strip() or _SPACE_MARK in token]
+        wrong += [token for token in self.add_tokens if self.add_tokens.count(token) > 1]
+        if wrong:
+            raise ValueError(
+                f"add_tokens has {wrong[0]!r}; expected each token once, without spaces around it and without U+2581"
+            )
         if self.kind != "huggingface" and self.eos_token is not None:
             raise ValueError(f"eos_token={self.eos_token!r} is for kind huggingface; a SentencePiece model has </s>")
         if self.mask_token is not None and self.path is not None:
@@ -97,6 +107,7 @@ class Tokenizer(Protocol):
     pad_id: int | None
     cls_id: int | None
     mask_id: int | None
+    added_tokens: tuple[str, ...]
 
     @property
     def sep_id(self) -> int: ...
@@ -107,6 +118,7 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str: ...
     def unknowns(self, ids: Sequence[int] | NDArray[np.integer]) -> int: ...
     def save(self, folder: str | Path) -> None: ...
+    def grown(self, tokens: Sequence[str], bulk: Bulk = "auto") -> "Tokenizer": ...
 
     @staticmethod
     def load(folder: str | Path, bulk: Bulk = "auto") -> "Tokenizer":
@@ -142,24 +154,26 @@ def open_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
         raise TokenizerError(
             f"data.tokenizer.kind={cfg.kind}, but {cfg.path} holds a {kind} tokenizer; say kind: {kind}"
         )
-    return tokenizer
+    return tokenizer.grown(cfg.add_tokens, cfg.bulk) if cfg.add_tokens else tokenizer
 
 
 class SentencePieceTokenizer(TokenizerBase):
     """A SentencePiece model. Made by load or train."""
 
-    def __init__(
-        self, folder: Path, processor: Any, fingerprint: str, model_type: str, mask_token: str | None, bulk: Bulk
-    ) -> None:
+    def __init__(self, folder: Path, payload: bytes, config: dict[str, Any], bulk: Bulk) -> None:
+        """payload: of tokenizer.model.    config: of tokenizer_config.json."""
         self.folder = folder
-        self.model_type = model_type
-        self.fingerprint = fingerprint  # xxh3-64 of tokenizer.model
-        self._processor = processor
+        self.model_type = config["training"]["model_type"]
+        self.fingerprint = config["fingerprint"]  # xxh3-64 of tokenizer.model
+        self.added_tokens = tuple(config.get(ADDED, ()))
+        self._payload, self._config = payload, config
+        self._processor = processor = _processor(payload)
         self.vocab_size = processor.get_piece_size()
         self.bos_id = processor.bos_id()
         self.eos_id = processor.eos_id()
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else None
         self.cls_id = self.bos_id if self.bos_id >= 0 else None
+        mask_token = config["training"].get("mask_token")
         self.mask_id = None if mask_token is None else processor.piece_to_id(mask_token)
         self.unk_id = processor.unk_id()  # never in a text, as what has no piece is written as bytes
         self._unknown_ids = np.array(
@@ -184,7 +198,7 @@ class SentencePieceTokenizer(TokenizerBase):
         recorded = read_config(config)
         try:
             fingerprint, vocab_size = recorded["fingerprint"], recorded["vocab_size"]
-            model_type, mask_token = recorded["training"]["model_type"], recorded["training"].get("mask_token")
+            _ = recorded["training"]["model_type"]
         except (KeyError, TypeError) as error:
             raise TokenizerError(f"{config} is damaged ({error!r}); restore the folder or train again") from None
         payload = model.read_bytes()
@@ -193,7 +207,7 @@ class SentencePieceTokenizer(TokenizerBase):
                 f"{model} has fingerprint {found}, {CONFIG_FILE} says {fingerprint}: it was changed or damaged; "
                 "restore the folder or train again"
             )
-        tokenizer = cls(folder, _processor(payload), fingerprint, model_type, mask_token, bulk)
+        tokenizer = cls(folder, payload, recorded, bulk)
         if tokenizer.vocab_size != vocab_size:
             raise TokenizerError(
                 f"{model} has {tokenizer.vocab_size} pieces, {CONFIG_FILE} says {vocab_size!r}; restore the folder"
@@ -210,8 +224,25 @@ class SentencePieceTokenizer(TokenizerBase):
             begin += len(part)
         return np.concatenate(encoded)
 
-    def save(self, folder: str | Path) -> None:
-        write_folder(Path(folder), {name: (self.folder / name).read_bytes() for name in (MODEL_FILE, CONFIG_FILE)})
+    def files(self) -> dict[str, bytes]:
+        return {MODEL_FILE: self._payload, CONFIG_FILE: as_json(self._config)}
+
+    def grown(self, tokens: Sequence[str], bulk: Bulk = "auto") -> "SentencePieceTokenizer":
+        """This one with more pieces, each found wherever a text has it. Raises TokenizerError for one that is there."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # which loads protobuf
+
+        pieces = [token.replace(" ", _SPACE_MARK) for token in tokens]
+        self.refuse_known(pieces, {piece: i for i, piece in enumerate(self.pieces())})
+        model = ModelProto.FromString(self._payload)
+        for piece in pieces:
+            model.pieces.add(piece=piece, score=0.0, type=ModelProto.SentencePiece.USER_DEFINED)
+        payload = model.SerializeToString(deterministic=True)
+        config = self._config | {
+            "vocab_size": self.vocab_size + len(pieces),
+            "fingerprint": xxhash.xxh3_64_hexdigest(payload),
+            ADDED: [*self.added_tokens, *tokens],
+        }
+        return SentencePieceTokenizer(self.folder, payload, config, bulk)
 
     def pieces(self) -> list[str]:
         """The piece of each id, U+2581 for a space."""
@@ -224,7 +255,7 @@ class SentencePieceTokenizer(TokenizerBase):
         from it; with a space it is a character like any other.
         """
         assert self.model_type in ("bpe", "char"), self.model_type
-        return _bpe_as_json(self._processor, space)
+        return _bpe_as_json(self._processor, space, self.added_tokens)
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._processor.decode(ids)
@@ -256,6 +287,8 @@ class SentencePieceTokenizer(TokenizerBase):
     def _build_bulk(self) -> Encoder:
         if self.model_type != "bpe":
             raise Unsupported(f"it has no SentencePiece {self.model_type} models")
+        if self.added_tokens:
+            raise Unsupported("tokens were added to the vocabulary")
         return partial(self._by_parts, encode=Gigatoken(self.as_bpe_json()))
 
     def _by_parts(self, texts: Sequence[str], encode: Encoder) -> list[Ids]:
@@ -285,7 +318,7 @@ class SentencePieceTokenizer(TokenizerBase):
         return parts
 
 
-def _bpe_as_json(processor: Any, space: str) -> str:
+def _bpe_as_json(processor: Any, space: str, added: Sequence[str] = ()) -> str:
     """A SentencePiece BPE model in the form of a Hugging Face tokenizer.json.
 
     SentencePiece merges the neighbours whose joined piece has the highest score, the leftmost of equal ones; in the
@@ -293,9 +326,10 @@ def _bpe_as_json(processor: Any, space: str) -> str:
     that can compete for the same middle part ("ab" + "aba" and "aba" + "ba" for "ababa") the leftmost comes first.
     """
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    first_added = len(pieces) - len(added)
     normal = {
         piece
-        for i, piece in enumerate(pieces)
+        for i, piece in enumerate(pieces[:first_added])
         if not (processor.is_byte(i) or processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i))
     }
     ranked = sorted(range(len(pieces)), key=processor.get_score, reverse=True)
@@ -308,8 +342,10 @@ def _bpe_as_json(processor: Any, space: str) -> str:
         "vocab": {piece.replace(_SPACE_MARK, space): i for i, piece in enumerate(pieces)},
         "merges": [[part.replace(_SPACE_MARK, space) for part in pair] for pair in merges],
     }
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    tokens = [{"id": i, "content": token, **plain} for i, token in enumerate(added, first_added)]
     normalizer = {"type": "Replace", "pattern": {"String": " "}, "content": space} if space != " " else None
-    return json.dumps({"version": "1.0", "added_tokens": [], "normalizer": normalizer, "model": model})
+    return json.dumps({"version": "1.0", "added_tokens": tokens, "normalizer": normalizer, "model": model})
 
 
 def _partings(piece: str, normal: set[str]) -> list[tuple[str, str]]:

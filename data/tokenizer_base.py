@@ -32,6 +32,7 @@ class TokenizerBase(ABC):
     pad_id: int | None
     cls_id: int | None  # what stands before the text of a row of a masked model, [CLS]
     mask_id: int | None  # what stands in the place of a hidden token, [MASK]
+    added_tokens: tuple[str, ...] = ()  # that it was given after it was made; the last ids
     _bulk: BulkEncoder
     _unknown_ids: NDArray[np.int32]
 
@@ -42,9 +43,20 @@ class TokenizerBase(ABC):
         Raises TokenizerError for a lone surrogate, which UTF-8 cannot hold.
         """
 
-    @abstractmethod
     def save(self, folder: str | Path) -> None:
-        """Copy this tokenizer to a new folder."""
+        """Write this tokenizer to a new folder."""
+        write_folder(Path(folder), self.files())
+
+    @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """What save writes, by name."""
+
+    def refuse_known(self, tokens: Sequence[str], known: Mapping[str, int]) -> None:
+        """Raise TokenizerError for the first of `tokens` that is one of `known` already."""
+        if twice := next((token for token in tokens if token in known), None):
+            raise TokenizerError(
+                f"data.tokenizer.add_tokens: {twice!r} is a token of {self.folder} already, id {known[twice]}; leave it out"
+            )
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> str: ...

@@ -7,7 +7,7 @@ from pathlib import Path
 from data.chat import ANSWERS, Message, Template, open_template
 from launcher.config import FinetuneConfig
 from launcher.continuation import Options, continue_prompts
-from launcher.task_config import ChatTask
+from launcher.task_config import ChatTask, PreferenceTask
 from launcher.trained import Trained
 
 
@@ -20,7 +20,7 @@ def template_of(trained: Trained, place: Path) -> Template:
             what = "its tokenizer comes with no chat template"
     else:
         cfg = trained.checkpoint.cfg
-        if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ChatTask):
+        if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ChatTask | PreferenceTask):
             return open_template(cfg.task.template, trained.tokenizer)
         what = "it is no run tuned on conversations (task.kind: chat)"
     raise ValueError(f"{place} cannot chat: {what}; leave --chat out to continue prompts")

@@ -141,7 +141,7 @@ def compare_metrics(pair: Pair, last: int) -> list[Finding]:
     for step in range(1, last + 1):
         ours, theirs = a.get(step, {}), b.get(step, {})
         for name in sorted({"loss/train"} | ours.keys() | theirs.keys(), key=_in_a_step):
-            evaluation = name.startswith("loss/valid")
+            evaluation = name.startswith(("loss/valid", "valid/"))
             seen[evaluation].add(name)
             if name not in ours or ours[name] != theirs.get(name):
                 values = (_shown(values.get(name)) for values in (ours, theirs))

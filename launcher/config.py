@@ -273,7 +273,9 @@ class FinetuneConfig(RunConfig, frozen=True, extra="forbid", strict=True):
 
     @property
     def what_counts(self) -> str:
-        return super().what_counts if self.reads_text else "targets"
+        if self.reads_text:
+            return super().what_counts
+        return "pairs" if self.task.kind == "preference" else "targets"
 
     @property
     def reads_text(self) -> bool:

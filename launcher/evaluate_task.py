@@ -6,22 +6,37 @@ import torch
 
 from data.examples import hold_out
 from launcher.config import FinetuneConfig
-from launcher.tally import count
+from launcher.reference import read
+from launcher.tally import Tally, count
+from launcher.task_config import ChatTask, PreferenceTask
 from launcher.task_examples import encode_task, read_task
 from launcher.trained import Trained
 
 
 def on_examples(trained: Trained, cfg: FinetuneConfig, paths: list[str], batch: int) -> dict[str, Any]:
-    """As the run evaluates itself. paths: none for its own held-out examples. Raises ValueError where there are none."""
+    """As the run evaluates itself. paths: none for its own held-out examples. Raises ValueError where there are none.
+
+    confusion: a row for each true label, a column for each that was found, both in the order of labels.
+    """
     task = cfg.task
     assert task.kind != "text"
+    if isinstance(task, PreferenceTask) and paths:
+        raise ValueError(
+            f"--data {paths[0]}: a preference is scored against the model that the tuning began with, and the run has kept "
+            "what that makes of its own pairs alone; leave it out"
+        )
     if paths or task.valid:
         examples = read_task(task, paths or task.valid)
     elif task.valid_fraction:
         _, examples = hold_out(read_task(task, task.train), task.valid_fraction, cfg.data.seed)
     else:
         raise ValueError("the run holds no examples out; name files with --data")
+    assert trained.checkpoint is not None
     rows = encode_task(task, examples, trained.tokenizer, trained.model.cfg.seq_len)
+    if isinstance(task, PreferenceTask):
+        rows.reference = read(trained.checkpoint.run_dir, trained.checkpoint.reader.manifest.cursor).get("valid")
+        if rows.reference is None or len(rows.reference) != len(rows.rows):
+            raise ValueError("the held-out pairs are not those of the run; restore the files of the task section")
     device = trained.model.embed.weight.device
     with torch.inference_mode():
         tally = count(trained.model, task, rows, batch, 0, 1, device)
@@ -31,7 +46,11 @@ def on_examples(trained: Trained, cfg: FinetuneConfig, paths: list[str], batch: 
         "overall": tally.values(task, rows),
         "notes": rows.notes,
         "table": tally.text(task),
-    }
+    } | (
+        {"labels": list(task.labels), "confusion": tally.confusion.tolist()}
+        if isinstance(tally, Tally) and not isinstance(task, ChatTask | PreferenceTask)
+        else {}
+    )
 
 
 def task_table(found: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ from launcher.config import ConfigError, FinetuneConfig
 from launcher.model_card import last_held_out, model_card
 from launcher.run_data import masker_of
 from launcher.staging import LOCK, StagingError, check_absent, staging_for
-from launcher.task_config import ChatTask
+from launcher.task_config import ChatTask, PreferenceTask
 from launcher.trained import Checkpoint, lora_of, open_checkpoint
 from model.config import ModelConfig
 from model.hf_config import HfModelConfig, is_masked, to_transformers
@@ -315,7 +315,9 @@ def report_of(
     if isinstance(cfg, ModelConfig) and cfg.dropout != checkpoint.cfg.model.dropout:
         notes.append(f"the run trained with dropout {checkpoint.cfg.model.dropout}; {architecture} has none")
     task = checkpoint.cfg.task if isinstance(checkpoint.cfg, FinetuneConfig) else None
-    if isinstance(task, ChatTask) and isinstance(open_template(task.template, checkpoint.tokenizer()), PlainTemplate):
+    if isinstance(task, ChatTask | PreferenceTask) and isinstance(
+        open_template(task.template, checkpoint.tokenizer()), PlainTemplate
+    ):
         notes.append(
             "the folder has no chat template: the words between messages are those of data/chat.py, and an answer ends with "
             "the end of a document; launcher/generate.py RUN --chat puts them in by itself"

@@ -19,7 +19,7 @@ from launcher.origin import load_finetune_config, origin_weights, refuse_other_t
 from launcher.pretrain import leave, main
 from launcher.run_data import RunData, open_data
 from launcher.start import PRETRAIN, Command, uses_of_text
-from launcher.task_config import ChatTask, ClassifyTask, TagTask, TextTask
+from launcher.task_config import ChatTask, ClassifyTask, PreferenceTask, TagTask, TextTask
 from launcher.task_data import open_task_data
 from launcher.task_evaluation import evaluate_task
 from launcher.trained import Initial, build_model
@@ -62,7 +62,7 @@ def evaluate(
 def uses(cfg: RunConfig) -> dict[str, str]:
     if isinstance(of_finetune(cfg).task, ClassifyTask | TagTask):
         return {"evaluate it": f"launcher/evaluate.py {cfg.run_dir}"}
-    if isinstance(of_finetune(cfg).task, ChatTask):
+    if isinstance(of_finetune(cfg).task, ChatTask | PreferenceTask):
         return {"talk to it": f"launcher/generate.py {cfg.run_dir} --chat"}
     return uses_of_text(cfg)
 

@@ -11,7 +11,8 @@ import yaml
 from data.fast_tokenizer import SENTENCEPIECE
 from launcher.config import FinetuneConfig, RunConfig
 from launcher.redaction import hide
-from launcher.task_config import ChatTask, ClassifyTask, TagTask, TextTask
+from launcher.run_dir import Ledger
+from launcher.task_config import ChatTask, ClassifyTask, PreferenceTask, TagTask, TextTask
 from launcher.trained import Checkpoint, lora_of
 from model.hf_config import is_masked
 
@@ -105,7 +106,7 @@ tags: [longhaul]
 # {name}
 
 {_kind(checkpoint)} of {report["parameters"]:,} parameters ({report["architecture"]}, context {cfg.model.seq_len:,} tokens),
-{_made(cfg)} with Longhaul: step {report["step"]:,} of the run `{report["run"]}`. {_does(cfg)}
+{_made(checkpoint)} with Longhaul: step {report["step"]:,} of the run `{report["run"]}`. {_does(cfg)}
 
 No licence is stated here: that is for whoever publishes it to decide, as it depends on the data.
 
@@ -197,7 +198,11 @@ def _losses(logits: dict[str, Any]) -> str:
     return f"; loss {logits['loss_there']:.6f} and {logits['loss_here']:.6f}"
 
 
-def _made(cfg: RunConfig) -> str:
+def _made(checkpoint: Checkpoint) -> str:
+    cfg = checkpoint.cfg
+    if (imported := Ledger(checkpoint.run_dir).imported()) is not None:
+        origin = os.path.basename(str(imported["place"]).rstrip("/"))
+        return f"pretrained from the weights of `{origin}` (digest {imported['digest']})"
     if not isinstance(cfg, FinetuneConfig):
         return "pretrained"
     origin = re.sub(r"@\d+$", "", os.path.basename(cfg.init.rstrip("/")))  # no path of this machine
@@ -208,6 +213,8 @@ def _made(cfg: RunConfig) -> str:
 def _does(cfg: RunConfig) -> str:
     if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ChatTask):
         return "It was tuned on conversations, with the loss on the answers alone."
+    if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, PreferenceTask):
+        return f"It was tuned on pairs of answers, to prefer the better one (DPO, beta {cfg.task.beta:g})."
     if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ClassifyTask | TagTask):
         return f"It gives {'each word' if isinstance(cfg.task, TagTask) else 'a text'} one of {len(cfg.task.labels)} labels."
     if is_masked(cfg.model):

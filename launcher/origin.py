@@ -8,7 +8,7 @@ alone, so that no weight stays at random values unseen. Once the run has begun i
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from data.errors import DataError
 from data.fast_tokenizer import load_exported
 from data.hf_tokenizer import HuggingFaceTokenizer
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from launcher.config import (
     ConfigError,
     FinetuneConfig,
@@ -35,7 +35,7 @@ from launcher.config import (
 from launcher.run_dir import RunDirError, read_saved_config
 from launcher.trained import NEW, Initial, build_model, build_plain, lora_of, open_checkpoint
 from model.config import ModelConfig
-from model.hf_config import HfModelConfig
+from model.hf_config import AnyModelConfig, HfModelConfig
 from model.hf_folder import CONFIG, fetch, is_hf_folder, read_config, read_state, weight_files
 from model.init import initial_values
 from model.lora import LoraError, import_peft, is_adapter, plain_name, targets_of
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from parallel.mesh import Mesh  # which costs DeepSpeed; launcher/prepare.py does without
 
 HUB = "hf://"  # before the name of a model of the hub
+EMBEDDING = "embed.weight"
 HEAD = "head.weight"  # which a model with labels has no place for
 SAMPLE_BYTES = 2**22  # of each of three places of a file of weights
 MAY_DIFFER = ("dropout", "seq_len")  # of the model section; seq_len where positions are rotary
@@ -152,6 +153,68 @@ class FolderOrigin(Origin):
         return []  # there is no hash to compare with but the digest
 
 
+class GrownOrigin(Origin):
+    """A decoder with more tokens than it was made with: the rows of these are the mean of the others.
+
+    So a new token begins as likely as the average one and takes no other's place (Hewitt 2021, "Initializing New Word
+    Embeddings for Pretrained Language Models"). Rows beyond the vocabulary that were there for padding are used first.
+    """
+
+    def __init__(self, origin: Origin, tokens: list[str]) -> None:
+        """Raises ConfigError or DataError where it cannot grow so."""
+        if EMBEDDING not in origin.shapes:
+            raise ConfigError(
+                f"data.tokenizer.add_tokens: {origin} has no {EMBEDDING}; only a decoder's vocabulary can grow"
+            )
+        self.origin, self.place, self.step, self._tokens = origin, origin.place, origin.step, tokens
+        rows = max(origin.model.vocab_size, self.tokenizer.vocab_size)
+        self.model = origin.model.model_copy(update={"vocab_size": rows})
+        self.shapes = {n: (rows, *shape[1:]) if n in (EMBEDDING, HEAD) else shape for n, shape in origin.shapes.items()}
+        self._means: dict[str, Tensor] = {}
+
+    @cached_property
+    def digest(self) -> str:
+        return self.origin.digest
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return self.origin.tokenizer.grown(self._tokens)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        if name not in (EMBEDDING, HEAD):
+            return self.origin.read(name, start, stop)
+        width = self.shapes[name][1]
+        first, behind = (n * width for n in (self.origin.tokenizer.vocab_size, self.tokenizer.vocab_size))
+        a, b = min(max(start, first), stop), max(min(stop, behind), start)  # [a, b) is of new rows
+        parts = [self.origin.read(name, start, a)] if start < a else []
+        if a < b:
+            parts.append(self._mean(name)[torch.arange(a, b) % width])
+        if max(a, b) < stop:
+            parts.append(self.origin.read(name, max(a, b), stop))
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def _mean(self, name: str) -> Tensor:
+        """(width,) fp32, of all rows that the origin's tokenizer has an id for; summed in fp64, always in one order."""
+        if name not in self._means:
+            n, width = self.origin.tokenizer.vocab_size, self.shapes[name][1]
+            rows, total = max(1, SAMPLE_BYTES // width), torch.zeros(width, dtype=torch.float64)
+            for at in range(0, n, rows):
+                total += self.origin.read(name, at * width, min(n, at + rows) * width).view(-1, width).double().sum(0)
+            self._means[name] = (total / n).float()
+        return self._means[name]
+
+    def faults(self, mesh: "Mesh") -> list[str]:
+        return self.origin.faults(mesh)
+
+    def told(self) -> str:
+        first, behind = self.origin.tokenizer.vocab_size, self.tokenizer.vocab_size
+        names = " and ".join(name for name in (EMBEDDING, HEAD) if name in self.shapes)
+        return (
+            f"  grown: rows {first} to {behind - 1} of {names} are the mean of those before, for "
+            f"{', '.join(map(repr, self._tokens))}"
+        )
+
+
 def _sampled_hash(path: Path) -> str:
     size = path.stat().st_size
     sampled = xxhash.xxh3_128(str(size).encode())
@@ -231,12 +294,8 @@ def load_finetune_config(path: str, overrides: list[str]) -> FinetuneConfig:
         opened = open_origin(
             init, (raw.get("origin") or {}).get("step") if isinstance(raw.get("origin"), dict) else None
         )
-        origin, kind = opened.identity(), opened.tokenizer
-        tokenizer = {
-            "kind": "huggingface" if isinstance(kind, HuggingFaceTokenizer) else "sentencepiece",
-            "path": str(kind.folder),
-            "vocab_size": kind.vocab_size,
-        }
+        opened, tokenizer = grown_as_asked(opened, raw)
+        origin = opened.identity()
     _put_in(raw, path, origin, tokenizer)
     cfg = validate(raw, path)
     assert isinstance(cfg, FinetuneConfig)
@@ -256,6 +315,30 @@ def refuse_lora(cfg: FinetuneConfig, path: str) -> None:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def grown_as_asked(opened: Origin, raw: dict[str, Any]) -> tuple[Origin, dict[str, Any]]:
+    """The origin with the tokens that a recipe adds, if any, and its tokenizer as data.tokenizer names it."""
+    section, data = tokenizer_section(opened.tokenizer), raw.get("data")
+    asked = data.get("tokenizer") if isinstance(data, dict) else None
+    if not isinstance(asked, dict) or not (tokens := asked.get("add_tokens")):
+        return opened, section
+    section["add_tokens"] = tokens
+    try:
+        TokenizerConfig.model_validate(section)
+    except ValidationError:
+        return opened, section  # validate tells
+    opened = GrownOrigin(opened, tokens)
+    return opened, section | {"vocab_size": opened.tokenizer.vocab_size}
+
+
+def tokenizer_section(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The data section's, of a tokenizer that is there."""
+    return {
+        "kind": "huggingface" if isinstance(tokenizer, HuggingFaceTokenizer) else "sentencepiece",
+        "path": str(tokenizer.folder),
+        "vocab_size": tokenizer.vocab_size,
+    }
+
+
 def _saved_beside(raw: dict[str, Any]) -> dict[str, Any] | None:
     """The config of the run's folder, where the recipe says which that is and it is there."""
     run = raw.get("run")
@@ -266,30 +349,52 @@ def _saved_beside(raw: dict[str, Any]) -> dict[str, Any] | None:
 
 def _put_in(raw: dict[str, Any], path: str, origin: OriginConfig, tokenizer: dict[str, Any]) -> None:
     """Complete a recipe with what its origin says. Raises ConfigError where the two contradict each other."""
-    wrong, theirs = [], origin.model.model_dump(mode="json")
-    given = raw.get("model") or {}
-    if not isinstance(given, dict):
-        raise ConfigError(f"{path}: model: got {type(given).__name__}; expected keys such as dropout, or none at all")
-    for key, value in given.items():
-        rotary = isinstance(origin.model, ModelConfig) and origin.model.positions == "rope"
-        allowed = key in MAY_DIFFER and (key != "seq_len" or rotary)
-        if key in theirs and not allowed and value != theirs[key]:
-            wrong.append(f"  model.{key}: got {value!r}, and {raw['init']} has {theirs[key]!r}; leave it out")
-    before = raw.get("origin")
+    wrong, before = [], raw.get("origin")
     if before is not None and before != (found := origin.model_dump(mode="json")):
         differ = sorted(k for k in found if not isinstance(before, dict) or before.get(k) != found[k])
         wrong.append(
             f"  origin: {raw['init']} is not what it was: another {', '.join(differ)}; restore it, or leave origin out"
         )
+    put_in_model(raw, path, raw["init"], origin.model, tokenizer, wrong)
+    raw["origin"] = origin.model_dump(mode="json")
+
+
+def put_in_model(
+    raw: dict[str, Any],
+    path: str,
+    init: str,
+    model: AnyModelConfig,
+    tokenizer: dict[str, Any],
+    wrong: Sequence[str] = (),
+) -> None:
+    """Complete a recipe with the model and tokenizer of `init`.
+
+    wrong: lines of what is wrong already. Raises ConfigError where recipe and origin contradict each other.
+    """
+    wrong, theirs = list(wrong), model.model_dump(mode="json")
+    given = raw.get("model") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path}: model: got {type(given).__name__}; expected keys such as dropout, or none at all")
+    for key, value in given.items():
+        rotary = isinstance(model, ModelConfig) and model.positions == "rope"
+        allowed = key in MAY_DIFFER and (key != "seq_len" or rotary)
+        if key in theirs and not allowed and value != theirs[key]:
+            wrong.append(f"  model.{key}: got {value!r}, and {init} has {theirs[key]!r}; leave it out")
     data = raw.setdefault("data", {})
     own = data.get("tokenizer") if isinstance(data, dict) else None
-    for key, value in own.items() if isinstance(own, dict) else ():
-        if value != tokenizer.get(key):
+    asked = own if isinstance(own, dict) else {}
+    for key, value in asked.items():
+        if key != "add_tokens" and value != tokenizer.get(key):
             has = f"has {tokenizer[key]!r}" if key in tokenizer else "has one already"
-            wrong.append(f"  data.tokenizer.{key}: got {value!r}, and {raw['init']} {has}; leave it out")
+            wrong.append(f"  data.tokenizer.{key}: got {value!r}, and {init} {has}; leave it out")
+    if (asked.get("add_tokens") or []) != (added := tokenizer.get("add_tokens") or []):
+        wrong.append(
+            f"  data.tokenizer.add_tokens: got {asked.get('add_tokens') or []!r}, and the run began with {added!r}; a "
+            "vocabulary grows before the first step alone: set it back, or use another run.name"
+        )
     if wrong:
         raise ConfigError(f"{path}: {len(wrong)} wrong\n" + "\n".join(wrong))
-    raw["model"], raw["origin"] = theirs | given, origin.model_dump(mode="json")
+    raw["model"] = theirs | given
     if isinstance(data, dict) and (own is None or isinstance(own, dict)):  # validate tells of another
         data["tokenizer"] = tokenizer
 
@@ -311,13 +416,18 @@ def refuse_other_tokenizer(cfg: FinetuneConfig, tokenizer: Tokenizer) -> None:
 def tokenizer_of(cfg: FinetuneConfig) -> Tokenizer:
     """The origin's, from the run's own folder once it has begun. Raises DataError or ConfigError."""
     own = cfg.run_dir / "tokenizer"
-    tokenizer = load_tokenizer(own) if own.is_dir() else open_origin(cfg.init, cfg.origin.step).tokenizer
+    tokenizer = load_tokenizer(own) if own.is_dir() else _open(cfg).tokenizer
     if tokenizer.fingerprint != cfg.origin.tokenizer:
         raise DataError(
             f"{tokenizer.folder} has the tokenizer {tokenizer.fingerprint}, the run began with {cfg.origin.tokenizer}; "
             "restore it"
         )
     return tokenizer
+
+
+def _open(cfg: FinetuneConfig) -> Origin:
+    opened, tokens = open_origin(cfg.init, cfg.origin.step), cfg.data.tokenizer.add_tokens
+    return GrownOrigin(opened, tokens) if tokens else opened
 
 
 # -- weights ------------------------------------------------------------------------------------------------------------
@@ -331,7 +441,7 @@ def origin_weights(cfg: FinetuneConfig, mesh: "Mesh") -> Initial:
     """
     opened, wrong = None, ""
     try:
-        opened = open_origin(cfg.init, cfg.origin.step)
+        opened = _open(cfg)
         if opened.digest != cfg.origin.digest:
             wrong = (
                 f"{opened} is not what the run is to begin with: its digest is {opened.digest}, not {cfg.origin.digest}"
@@ -390,6 +500,8 @@ def _reader(cfg: FinetuneConfig, origin: Origin, new: list[str]) -> Callable[[st
 def _told(shapes: dict[str, tuple[int, ...]], origin: Origin, new: list[str], dropped: list[str]) -> list[str]:
     count = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name not in new)
     lines = [f"loaded {len(shapes) - len(new)} tensors, {count:,} numbers, from {origin} (digest {origin.digest})"]
+    if isinstance(origin, GrownOrigin):
+        lines.append(origin.told())
     if new:
         lines.append(f"  new, with values drawn: {', '.join(f'{name} {shapes[name]}' for name in new)}")
     if dropped:

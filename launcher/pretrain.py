@@ -39,7 +39,7 @@ from launcher.metrics import Clock, MetricsLog, describe, peak_flops, peak_host_
 from launcher.read_log import ReadLog
 from launcher.redaction import HidingFormatter, hide
 from launcher.run_data import AnyLoader, RunData
-from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, save_config
+from launcher.run_dir import Ledger, RunDirError, prepare_run_dir, remove_unbegun, save_config
 from launcher.saving import Progress, Saves, checkpoint_bytes, never_saved, resume
 from launcher.signals import StopFlag, signal_name
 from launcher.start import PRETRAIN, Command, check, is_finished, open_again, parse_arguments, refuse_stop_behind
@@ -98,6 +98,7 @@ def train(
     watch.enter("start-up", 0)
     start = configure_logging(cfg, mesh, ledger)
     progress, cursor = resume(cfg, engine, initial)
+    data.begin(cfg, engine, cursor)
     loader = data.loader(cfg, mesh, cursor)
     reads = ReadLog(cfg.run_dir, start, mesh.dp_rank)
     metrics = MetricsLog(cfg.run_dir, progress.step) if mesh.rank == 0 else None
@@ -206,9 +207,8 @@ def train_step(
     """
     losses, where = [], engine.mesh.device
     for a in range(len(batch.tokens)):  # (B, T) each
-        parts = (
-            (batch.tokens, batch.targets) if batch.documents is None else (batch.tokens, batch.targets, batch.documents)
-        )
+        every = (batch.tokens, batch.targets, batch.documents, batch.reference)
+        parts = [part for part in every if part is not None]
         enter("forward")
         loss = engine.forward(*(part[a].to(where, non_blocking=True) for part in parts))
         enter("backward")
@@ -303,7 +303,7 @@ def announce(
     assert metrics is not None
     mesh = engine.mesh
     save_config(cfg)  # at each start: what was changed on purpose is what the next resume is held to
-    if start == 1:
+    if not (cfg.run_dir / "tokenizer").is_dir():
         data.tokenizer.save(cfg.run_dir / "tokenizer")  # so that the run's weights can be used without its corpus
     ledger.add(
         "start",
@@ -468,8 +468,12 @@ def main(argv: list[str], command: Command = PRETRAIN) -> int:
         refuse_stop_behind(cfg, steps)
         if place.rank == 0:
             prepare_run_dir(cfg, checkpoint_bytes(cfg, command.build_model))
-            with sole_writer(cfg.run_dir) as lease:
-                return run(cfg, place, data, lease, command)
+            try:
+                with sole_writer(cfg.run_dir) as lease:
+                    return run(cfg, place, data, lease, command)
+            except ConfigError:  # found by all ranks together: an origin that is damaged
+                remove_unbegun(cfg.run_dir)
+                raise
         return run(cfg, place, data, None, command)
     except (ConfigError, DataError, RunDirError, LaunchError, LimitError) as error:
         if local_rank == 0:

@@ -22,6 +22,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from launcher.config import ConfigError, FinetuneConfig, RunConfig
 from launcher.held_out import score_names
 from launcher.run_dir import Ledger
+from parallel.engine import Engine
 from parallel.mesh import Mesh
 
 AnyLoader = Loader | StreamLoader | RowLoader
@@ -40,6 +41,9 @@ class RunData(ABC):
     @abstractmethod
     def loader(self, cfg: RunConfig, mesh: Mesh, cursor: dict[str, Any] | None) -> AnyLoader:
         """The batches of this rank from the cursor on, from the beginning without one."""
+
+    def begin(self, cfg: RunConfig, engine: Engine, cursor: dict[str, Any] | None) -> None:  # noqa: B027  (mostly nothing)
+        """What the data needs of the model before the loader is asked for; cursor None: before its first step."""
 
     @abstractmethod
     def shares(self, sample: int) -> dict[str, float]:
@@ -229,8 +233,8 @@ def _check_vocabulary(cfg: RunConfig, tokenizer: Tokenizer) -> None:
         raise ConfigError(
             f"model.vocab_size={ours} is smaller than the vocabulary of {where}, {theirs}; set it to {theirs} or more"
         )
-    if isinstance(cfg, FinetuneConfig):
-        return  # how much larger it is was decided by who made the origin
+    if isinstance(cfg, FinetuneConfig) or Ledger(cfg.run_dir).imported() is not None:
+        return  # how much larger it is was decided by who made the model
     if ours > theirs and (ours % 64 or ours - theirs >= 256):
         raise ConfigError(
             f"model.vocab_size={ours} is larger than the vocabulary of {where}, {theirs}; set it to {theirs}, "

@@ -21,6 +21,8 @@ from parallel.checkpoint import committed_steps
 
 log = logging.getLogger(__name__)
 
+FOLDERS, FILES = ("logs", "reads", "tensorboard"), ("ledger.jsonl", "metrics.jsonl")  # of every run, empty at first
+
 
 class RunDirError(RuntimeError):
     """The run's folder cannot be used; nothing in it was changed."""
@@ -94,9 +96,9 @@ def prepare_run_dir(cfg: RunConfig, needed_bytes: int) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0" * 4096)
         probe.unlink()
-        for folder in ("logs", "reads", "tensorboard"):
+        for folder in FOLDERS:
             (run_dir / folder).mkdir(exist_ok=True)
-        for file in ("ledger.jsonl", "metrics.jsonl"):
+        for file in FILES:
             open(run_dir / file, "ab").close()
         free = shutil.disk_usage(run_dir).free
     except OSError as error:
@@ -110,6 +112,18 @@ def prepare_run_dir(cfg: RunConfig, needed_bytes: int) -> None:
             f"{run_dir} has {free / 1e9:.2f} GB free; one checkpoint of this model takes {needed_bytes / 1e9:.2f} GB and "
             "needs that beside the last one; free some space or choose another place with run.folder"
         )
+
+
+def remove_unbegun(run_dir: Path) -> None:
+    """Remove the folder of a run that was refused before it began: what prepare_run_dir makes, as long as it is empty."""
+    with contextlib.suppress(OSError):
+        if all((run_dir / file).stat().st_size == 0 for file in FILES):
+            (run_dir / "lease/00000001.json").unlink()  # the first's; another job that has come has put its own there
+            for folder in ("lease", *FOLDERS):
+                (run_dir / folder).rmdir()  # refused where something is in it
+            for file in FILES:
+                (run_dir / file).unlink()
+            run_dir.rmdir()
 
 
 def save_config(cfg: RunConfig) -> None:
@@ -148,9 +162,14 @@ class Ledger:
         """Whether the run was evaluated and ended at this step."""
         return any(event["event"] == "finished" and event.get("step") == step for event in self.events())
 
-    def saved_step(self) -> int:
-        """Of the newest checkpoint that it tells of, 0 where there is none."""
-        return next((int(event["step"]) for event in reversed(self.events()) if event["event"] == "checkpoint"), 0)
+    def saved_step(self) -> int | None:
+        """Of the newest checkpoint that it tells of, None where there is none; 0: of what was imported."""
+        saved = ("checkpoint", "imported")
+        return next((int(event["step"]) for event in reversed(self.events()) if event["event"] in saved), None)
+
+    def imported(self) -> dict[str, Any] | None:
+        """What the run was imported from: "place" and "digest"; None for one that was not."""
+        return next((event for event in self.events() if event["event"] == "imported"), None)
 
     def left_out(self) -> list[tuple[int, int]]:
         """Stretches of samples that rewinds have left out, first and last each, in the order of the rewinds."""

@@ -26,6 +26,7 @@ from parallel.checkpoint_writer import CheckpointWriter, Outcome
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from parallel.replicas import check_replicas
+from parallel.state import WEIGHT
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def checkpoint_bytes(cfg: RunConfig, build_model: Callable[[RunConfig], nn.Modul
 def never_saved(cfg: RunConfig, mesh: Mesh) -> bool:
     """Whether a run begins at its first step, as rank 0 sees it."""
     if mesh.rank == 0:
-        saved = bool(committed_steps(cfg.run_dir / "checkpoints")) or Ledger(cfg.run_dir).saved_step() > 0
+        saved = bool(committed_steps(cfg.run_dir / "checkpoints")) or Ledger(cfg.run_dir).saved_step() is not None
         return bool(mesh.broadcast(not saved))
     return bool(mesh.broadcast(None))
 
@@ -104,25 +105,33 @@ def resume(cfg: RunConfig, engine: Engine, initial: Initial | None) -> tuple[Pro
     if reader is None:
         ledger = Ledger(cfg.run_dir)
         saved = engine.mesh.broadcast(ledger.saved_step() if engine.mesh.rank == 0 else None)
-        if saved or initial is None:
+        if saved is not None or initial is None:
             raise CheckpointError(
                 f"{cfg.run_dir / 'checkpoints'} has no checkpoint, yet {ledger.path} tells of one of step {saved}. Restore "
                 "it (or mount what it is on), or start a new run under another run.name"
             )
-
-        source = ZeroMoments(lambda name, start, stop: initial.read(name, engine.shapes[name], start, stop))
-        engine.load_state(source, adam_steps=0)
-        check_replicas(engine)
-        if (wrong := engine.differs_from(source)) is not None:
-            raise CheckpointError(f"after the load {wrong}; this is a defect of Longhaul or of the installed DeepSpeed")
-        for line in initial.told:
-            log.info("%s", line)
+        _begin(engine, initial)
         return Progress(), None
     reader.check_shapes(engine.shapes)
     manifest = reader.manifest
+    if not manifest.step:  # of launcher/import_hf.py: weights alone, and nothing read yet
+        _begin(engine, Initial(lambda name, _, start, stop: reader.read(name, WEIGHT, start, stop)))
+        log.info("begun with the weights of %s", reader.path)
+        return Progress(), None
     engine.load_state(reader, manifest.adam_steps, manifest.loss_scaler)
     log.info("resumed from %s, written by %d ranks with ZeRO %d", reader.path, manifest.world_size, manifest.zero_stage)
     return Progress(step=manifest.step, **manifest.totals), manifest.cursor
+
+
+def _begin(engine: Engine, initial: Initial) -> None:
+    """Load the weights of a first step. Raises CheckpointError where the model then computes with others."""
+    source = ZeroMoments(lambda name, start, stop: initial.read(name, engine.shapes[name], start, stop))
+    engine.load_state(source, adam_steps=0)
+    check_replicas(engine)
+    if (wrong := engine.differs_from(source)) is not None:
+        raise CheckpointError(f"after the load {wrong}; this is a defect of Longhaul or of the installed DeepSpeed")
+    for line in initial.told:
+        log.info("%s", line)
 
 
 class Saves:

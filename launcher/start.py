@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from data.tokenizer_base import CONFIG_FILE, read_config
 from launcher.config import ConfigError, RunConfig, load_config
 from launcher.evaluation import evaluate_text
 from launcher.limits import allow_files, check_threads
@@ -101,6 +102,7 @@ def check_run(cfg: RunConfig, allow_change: list[str], ranks: int, command: Comm
     cfg.grad_accum_steps(ranks)
     refuse_other_config(cfg, allow_change)
     data = open_again(cfg, ranks, Ledger(cfg.run_dir).left_out(), command)
+    _refuse_other_tokenizer(cfg, data)
     scores = data.scores()
     if cfg.eval.keep_best is not None and cfg.eval.keep_best not in scores:
         raise ConfigError(
@@ -110,15 +112,28 @@ def check_run(cfg: RunConfig, allow_change: list[str], ranks: int, command: Comm
     return data
 
 
+def _refuse_other_tokenizer(cfg: RunConfig, data: RunData) -> None:
+    """Raise ConfigError where the run was imported, with a tokenizer that is not that of its data."""
+    own = cfg.run_dir / "tokenizer"
+    if Ledger(cfg.run_dir).imported() is None:
+        return  # its first save holds it to its data
+    if (theirs := read_config(own / CONFIG_FILE).get("fingerprint")) != data.tokenizer.fingerprint:
+        raise ConfigError(
+            f"{data.tokenizer.folder} has the tokenizer {data.tokenizer.fingerprint}, the run has {theirs} in {own}, to "
+            "which other ids mean other text; prepare a corpus for it: launcher/prepare.py --config "
+            f"{cfg.run_dir / 'config.yaml'}"
+        )
+
+
 def open_again(cfg: RunConfig, dp_size: int, left_out: list[tuple[int, int]], command: Command = PRETRAIN) -> RunData:
     """The run's data as it is from the newest checkpoint on, or from the beginning."""
     return command.open_data(cfg, *saved_position(cfg.run_dir / "checkpoints"), dp_size, left_out)
 
 
 def saved_position(checkpoints: Path) -> tuple[dict[str, Any] | None, int]:
-    """Data cursor and step of the newest checkpoint; None and 0 where there is none or it is damaged (resume tells)."""
+    """Data cursor and step of the newest checkpoint; None and 0 before any step, or where it is damaged (resume tells)."""
     manifest = _newest(checkpoints)
-    return (None, 0) if manifest is None else (manifest.cursor, manifest.step)
+    return (None, 0) if manifest is None or not manifest.step else (manifest.cursor, manifest.step)
 
 
 def _newest(checkpoints: Path) -> Manifest | None:

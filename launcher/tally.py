@@ -1,14 +1,15 @@
 """What a fine-tuned model makes of held-out examples, counted: numbers that add up over ranks, and scores of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.loader import IGNORE
-from data.row_loader import RowSet, eval_rows
+from data.row_loader import Batch, RowSet, eval_rows
 from launcher.held_out import bits_per_byte, perplexity, sum_losses
 from launcher.scores import (
     Counts,
@@ -21,9 +22,32 @@ from launcher.scores import (
     kinds_of,
     macro_f1,
 )
-from launcher.task_config import ChatTask, TagTask
+from launcher.task_config import ChatTask, ClassifyTask, PreferenceTask, TagTask
 from launcher.task_examples import Task
 from launcher.task_report import confusion_table, score_table
+from model.preference import margins
+
+
+class PairTally(NamedTuple):
+    """What was counted on some pairs of answers; counts of ranks add up."""
+
+    nats: float
+    pairs: int
+    preferred: int  # the chosen answer, more than by the reference
+    margin: float  # nats
+
+    def flatten(self) -> list[float]:
+        return [float(value) for value in self]
+
+    def unflatten(self, flat: list[float]) -> "PairTally":
+        return PairTally(flat[0], round(flat[1]), round(flat[2]), flat[3])
+
+    def values(self, task: Task, rows: RowSet) -> dict[str, float]:
+        n = max(1, self.pairs)
+        return {"loss/valid": self.nats / n, "valid/preferred": self.preferred / n, "valid/margin": self.margin / n}
+
+    def text(self, task: Task) -> str:
+        return ""
 
 
 class Tally(NamedTuple):
@@ -53,6 +77,7 @@ class Tally(NamedTuple):
         if isinstance(task, ChatTask):
             of_text = bits_per_byte(loss, rows.n_bytes / max(1, self.targets))
             return {"loss/valid": loss, "loss/valid_perplexity": perplexity(loss), "loss/valid_bits_per_byte": of_text}
+        assert isinstance(task, ClassifyTask | TagTask)
         found = {"loss/valid": loss, "valid/accuracy": accuracy(self.confusion)}
         if len(self.entities):
             kinds, micro = kinds_of(task.labels), all_kinds(self.entities)
@@ -67,6 +92,7 @@ class Tally(NamedTuple):
         """Tables for people; "" of conversations."""
         if isinstance(task, ChatTask):
             return ""
+        assert isinstance(task, ClassifyTask | TagTask)
         tables = [score_table("label", dict(zip(task.labels, by_label(self.confusion), strict=True)))]
         if len(self.entities):
             scores = dict(zip(kinds_of(task.labels), by_kind(self.entities), strict=True))
@@ -83,12 +109,14 @@ def count(
     dp_size: int,
     device: torch.device | str,
     enter: Callable[[str], None] = lambda phase: None,
-) -> Tally:
-    """One rank's part. model: gives logits of tokens (B, T), or of conversations the summed loss.
+) -> Tally | PairTally:
+    """One rank's part. model: gives logits of tokens (B, T), of conversations the summed loss, of pairs log-probabilities.
 
     Every rank makes the same number of forward passes.
     """
     batches = eval_rows(rows, batch_size, dp_rank, dp_size)
+    if isinstance(task, PreferenceTask):
+        return _count_pairs(model, task, rows, batches, device, enter)
     nothing = np.zeros((0, 3), dtype=np.int64)
     if isinstance(task, ChatTask):
         sums = sum_losses(model, (batch for _, batch in batches), device, lambda: enter("evaluation"))
@@ -108,3 +136,26 @@ def count(
             if kinds and theirs:
                 entities += entity_counts([task.labels[at] for at in theirs], [task.labels[at] for at in ours], kinds)
     return Tally(nats, len(true), confusion_of(true, predicted, len(task.labels)), entities)
+
+
+def _count_pairs(
+    model: Callable[..., Tensor],
+    task: PreferenceTask,
+    rows: RowSet,
+    batches: Iterator[tuple[list[int], Batch]],
+    device: torch.device | str,
+    enter: Callable[[str], None],
+) -> PairTally:
+    assert rows.reference is not None
+    found = PairTally(0.0, 0, 0, 0.0)
+    for numbers, batch in batches:
+        enter("evaluation")
+        pairs = model(*(part.to(device) for part in batch if part is not None)).cpu()[: len(numbers)]
+        more = margins(pairs, rows.reference[numbers]).double()
+        found = PairTally(
+            found.nats - F.logsigmoid(task.beta * more).sum().item(),
+            found.pairs + len(numbers),
+            found.preferred + int((more > 0).sum()),
+            found.margin + more.sum().item(),
+        )
+    return found

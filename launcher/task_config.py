@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from data.task import ChatTask, ClassifyTask, TagTask
+from data.task import ChatTask, ClassifyTask, PreferenceTask, TagTask
 
-__all__ = ["ChatTask", "ClassifyTask", "TagTask", "TaskConfig", "TextTask"]
+__all__ = ["ChatTask", "ClassifyTask", "PreferenceTask", "TagTask", "TaskConfig", "TextTask"]
 
 
 class TextTask(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -15,4 +15,4 @@ class TextTask(BaseModel, frozen=True, extra="forbid", strict=True):
     kind: Literal["text"] = "text"
 
 
-TaskConfig = Annotated[TextTask | ChatTask | ClassifyTask | TagTask, Field(discriminator="kind")]
+TaskConfig = Annotated[TextTask | ChatTask | PreferenceTask | ClassifyTask | TagTask, Field(discriminator="kind")]

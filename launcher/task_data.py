@@ -4,16 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from data.config import DataConfig, SkipConfig
+from data.errors import DataError
 from data.examples import hold_out, shares
 from data.loader import IGNORE
 from data.records import RecordError
 from data.row_loader import RowLoader, RowSet, same_data
 from data.tokenizer import Tokenizer
+from launcher import reference
 from launcher.config import ConfigError, EvalConfig, FinetuneConfig, RunConfig
 from launcher.run_data import RunData
 from launcher.scores import kinds_of
-from launcher.task_config import ChatTask, ClassifyTask, TagTask
+from launcher.task_config import ChatTask, ClassifyTask, PreferenceTask, TagTask
 from launcher.task_examples import Task, encode_task, read_task
+from parallel.engine import Engine
 from parallel.mesh import Mesh
 
 
@@ -60,7 +63,7 @@ class TaskData(RunData):
         self.rows = self._encode(train, cfg)
         self.held_out: RowSet | None = self._encode(held, cfg) if held else None
         self._identity: dict[str, Any] = {"examples": self.rows.fingerprint(), "rows": len(self.rows.rows)}
-        if not isinstance(self.task, ChatTask):
+        if isinstance(self.task, ClassifyTask | TagTask):
             self._identity["labels"] = list(self.task.labels)
         if cursor is not None:
             _same_labels(cursor, self._identity)
@@ -90,6 +93,22 @@ class TaskData(RunData):
             left_out=self._left_out,
         )
 
+    def begin(self, cfg: RunConfig, engine: Engine, cursor: dict[str, Any] | None) -> None:
+        """Give the rows of pairs their reference: of the model as it is, before its first step; else as it was kept."""
+        if not isinstance(self.task, PreferenceTask):
+            return
+        sets = {"train": self.rows} | ({} if self.held_out is None else {"valid": self.held_out})
+        if cursor is None:
+            found = {name: reference.compute(engine, rows, cfg.train.micro_batch_size) for name, rows in sets.items()}
+            digest = engine.mesh.broadcast(reference.keep(cfg.run_dir, found) if engine.mesh.rank == 0 else None)
+        else:
+            found, digest = reference.read(cfg.run_dir, cursor), cursor["reference"]
+        for name, rows in sets.items():
+            if name not in found or len(found[name]) != len(rows.rows):
+                raise DataError(f"{cfg.run_dir / reference.FILE} is not of these {name} pairs; restore task.{name}")
+            rows.reference = found[name]
+        self._identity["reference"] = digest
+
     def shares(self, sample: int) -> dict[str, float]:
         return {}
 
@@ -98,6 +117,8 @@ class TaskData(RunData):
             return []
         if isinstance(self.task, ChatTask):
             return ["loss/valid", "loss/valid_perplexity", "loss/valid_bits_per_byte"]
+        if isinstance(self.task, PreferenceTask):
+            return ["loss/valid", "valid/preferred", "valid/margin"]
         if isinstance(self.task, TagTask) and (kinds := kinds_of(self.task.labels)):
             of_all = [f"valid/entity_{name}" for name in ("precision", "recall", "f1")]
             return ["loss/valid", "valid/accuracy", *of_all, *(f"valid/entity_f1_{kind}" for kind in kinds)]
@@ -109,7 +130,7 @@ class TaskData(RunData):
         held = 0 if self.held_out is None else len(self.held_out.rows)
         epochs = (self._first + samples) / rows
         targets = sum(int((row.targets != IGNORE).sum()) for row in self.rows.rows)
-        what = {"classify": "texts", "tag": "sentences", "chat": "conversations"}[self.task.kind]
+        what = {"classify": "texts", "tag": "sentences", "chat": "conversations", "preference": "pairs"}[self.task.kind]
         packed = f" in {rows:,} sequences" if rows != n else ""
         lines = [f"{n:,} {what}{packed}, {targets:,} targets; {epochs:.2f} epochs in all (held out: {held:,})"]
         if isinstance(self.task, ClassifyTask):

@@ -47,4 +47,4 @@ def evaluate_task(
 
 
 _SHOWN = ("loss/valid", "loss/valid_perplexity", "loss/valid_bits_per_byte", "valid/accuracy", "valid/f1",
-          "valid/entity_precision", "valid/entity_recall", "valid/entity_f1")  # fmt: skip
+          "valid/preferred", "valid/margin", "valid/entity_precision", "valid/entity_recall", "valid/entity_f1")  # fmt: skip

@@ -6,13 +6,14 @@ from typing import Any
 from data.chat import encode_conversations, open_template, read_conversations
 from data.classify import encode_examples
 from data.examples import read_examples, read_sentences
+from data.preference import encode_pairs, read_pairs
 from data.records import RecordError
 from data.row_loader import RowSet
 from data.tag import encode_sentences
 from data.tokenizer import Tokenizer
-from launcher.task_config import ChatTask, ClassifyTask, TagTask
+from launcher.task_config import ChatTask, ClassifyTask, PreferenceTask, TagTask
 
-Task = ChatTask | ClassifyTask | TagTask
+Task = ChatTask | PreferenceTask | ClassifyTask | TagTask
 
 
 def read_task(task: Task, paths: list[str]) -> list[Any]:
@@ -21,6 +22,8 @@ def read_task(task: Task, paths: list[str]) -> list[Any]:
         found: list[Any] = read_examples(task, paths)
     elif isinstance(task, TagTask):
         found = read_sentences(task, paths)
+    elif isinstance(task, PreferenceTask):
+        found = read_pairs(task, paths)
     else:
         found = read_conversations(task, paths)
     if not found:
@@ -36,4 +39,6 @@ def encode_task(task: Task, examples: Sequence[Any], tokenizer: Tokenizer, seq_l
         return encode_examples(examples, tokenizer, seq_len, task)
     if isinstance(task, TagTask):
         return encode_sentences(examples, tokenizer, seq_len, task)
+    if isinstance(task, PreferenceTask):
+        return encode_pairs(examples, open_template(task.template, tokenizer), seq_len)
     return encode_conversations(examples, open_template(task.template, tokenizer), seq_len, task.too_long)

@@ -13,13 +13,14 @@ from torch import Tensor
 from data.fast_tokenizer import before_text, load_exported
 from data.tokenizer import Tokenizer
 from launcher.config import ConfigError, FinetuneConfig, RunConfig, validate
-from launcher.task_config import ClassifyTask, TagTask
+from launcher.task_config import ClassifyTask, PreferenceTask, TagTask
 from model.classifier import Classifier
 from model.config import ModelConfig
 from model.hf import LabelHead
 from model.hf_folder import DTYPES, is_hf_folder, read_config, read_model
 from model.lora import BASE, A, B, LoraConfig, add_adapters, is_adapter, merged, plain_name, within
 from model.network import Network, build_network
+from model.preference import Preference
 from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps, faults, folder_name
 
 NEW = "score."  # with which the names of a head for labels begin
@@ -43,6 +44,10 @@ def build_plain(cfg: RunConfig) -> Network:
         if not isinstance(cfg.model, ModelConfig):
             raise ConfigError(f"task.kind={cfg.task.kind} has no head for model.family=hf yet; use kind: text")
         return Classifier(cfg.model, len(cfg.task.labels))
+    if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, PreferenceTask):
+        if not isinstance(cfg.model, ModelConfig):
+            raise ConfigError("task.kind=preference needs Longhaul's own decoder; init is a model of family hf")
+        return Preference(cfg.model, cfg.task.beta)
     return build_network(cfg.model)
 
 

@@ -313,6 +313,8 @@ def report(findings: list[Finding], cfg: RunConfig, killed_at: int, saved: int) 
             yield f"  {'':<{width}}  {'':<9}  first at step {finding.difference.step}: {finding.difference.text}{more}"
     if not any(finding.what == "evaluation" for finding in findings):
         yield f"  {'evaluation':<{width}}  {'':<9}  there is no held-out text, so none was made and none compared"
+    if not can_be_audited(cfg) and cfg.data.stream is None:
+        yield f"  {'audit':<{width}}  {'':<9}  examples of a task are not audited; the records above tell alone"
     if cfg.data.stream is not None:
         yield f"  {'audit':<{width}}  {'':<9}  raw text (data.stream) cannot be read again; the records above tell alone"
     yield f"  {'random numbers':<{width}}  {'':<9}  {of_random_numbers(cfg)}"
@@ -331,6 +333,11 @@ def report(findings: list[Finding], cfg: RunConfig, killed_at: int, saved: int) 
             "twice with this config, so that nothing is proved of the resume, for or against. Kernels that add up in no "
             "fixed order do so; so does a damaged device"
         )
+
+
+def can_be_audited(cfg: RunConfig) -> bool:
+    """Whether launcher/audit.py can read every batch again."""
+    return cfg.data.stream is None and not (isinstance(cfg, FinetuneConfig) and cfg.task.kind != "text")
 
 
 def of_random_numbers(cfg: RunConfig) -> str:
@@ -430,7 +437,7 @@ def verify(plan: Plan, keep: bool) -> int:
     run_to_the_end(plan, "resumed", logs[2])
     say(f"4/4 comparing {straight} with {resumed}")
     findings = [check_resumed(starts_of(resumed)[n_starts], saved), *compare(straight, resumed, steps)]
-    if cfg.data.stream is None:
+    if can_be_audited(cfg):
         findings += [audit_run(run_dir, steps) for run_dir in (straight, resumed)]
     for line in report(findings, cfg, killed_at, saved):
         say(line)

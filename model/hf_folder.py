@@ -321,8 +321,12 @@ def weight_files(folder: Path) -> list[str]:
         return [WEIGHTS]
     if not (folder / INDEX).is_file():
         pickles = sorted(path.name for path in folder.glob("*.bin"))
-        also = f"; {pickles[0]} may hold pickled code and is never loaded: convert it" if pickles else ""
-        raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}{also}")
+        todo = (
+            f"{pickles[0]} may hold pickled code and is never loaded: convert it, with save_pretrained of transformers"
+            if pickles
+            else "fetch the folder whole (hf download ORG/NAME --local-dir FOLDER) or export it again"
+        )
+        raise ValueError(f"{folder} has no weights, neither {WEIGHTS} nor {INDEX}; {todo}")
     try:
         names = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -201,6 +201,8 @@ class Head(nn.Module):
 class Transformer(nn.Module):
     """The decoder described by `cfg`; its parameters are unset until init_weights or a checkpoint fills them."""
 
+    head_type: type[Head] = Head
+
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
@@ -208,7 +210,7 @@ class Transformer(nn.Module):
         self.pos_embed = Embedding(cfg.seq_len, cfg.d_model) if cfg.positions == "learned" else None
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layers)])
         self.norm = build_norm(cfg, cfg.d_model)
-        self.head = Head(cfg, self.embed.weight if cfg.tie_embeddings else None)
+        self.head = self.head_type(cfg, self.embed.weight if cfg.tie_embeddings else None)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """tokens: (B, T) int64 with T <= cfg.seq_len; targets: (B, T) int64, -100 where a token does not count.

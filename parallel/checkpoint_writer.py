@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,10 +36,12 @@ from parallel.checkpoint import (
     write_synced,
 )
 from parallel.config import CheckpointConfig
-from parallel.engine import Engine
-from parallel.mesh import Mesh
 from parallel.retention import retire
 from parallel.state import Fragment
+
+if TYPE_CHECKING:
+    from parallel.engine import Engine  # which costs DeepSpeed; writing weights alone does not need it
+    from parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ class CheckpointWriter:
     def __init__(
         self,
         folder: Path,
-        mesh: Mesh,
+        mesh: "Mesh",
         cfg: CheckpointConfig,
         on_done: Callable[[Outcome], None] = lambda outcome: None,
         before_commit: Callable[[], None] = lambda: None,
@@ -93,7 +95,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
 
-    def save(self, engine: Engine, manifest: Manifest) -> float:
+    def save(self, engine: "Engine", manifest: Manifest) -> float:
         """Begin to write `manifest.step`, after the last save has ended. Returns the seconds that training waited."""
         began = time.perf_counter()
         self.wait()

@@ -71,9 +71,12 @@ class Engine:
         finally:
             self.ds.train()
 
-    def forward(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Sum of the token losses in nats, fp32; all are (B, T) on the device, documents as Transformer.forward's."""
-        return self.ds(tokens, targets, documents)
+    def forward(self, tokens: Tensor, targets: Tensor, *more: Tensor) -> Tensor:
+        """Sum of the token losses in nats, fp32; all are (B, T) on the device.
+
+        more: documents as Transformer.forward's, and what else the model takes.
+        """
+        return self.ds(tokens, targets, *more)
 
     def backward(self, loss_sum: Tensor, n_targets: int) -> None:
         """Add this micro-batch's share of the gradient of the mean over `n_targets`, the targets of the whole step.

@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from task_runs import tune
+from transformers import AutoTokenizer
 
 from data.tokenizer import TokenizerConfig, train
 from exports import change_config, damage, make_run
@@ -21,6 +23,7 @@ from launcher.start import check_run
 from launcher.trained import open_checkpoint
 from parallel.engine import Engine
 from ranks import Alone, run_ranks, whole_state
+from runs import run
 
 RECIPE = """
 init: {init}
@@ -251,13 +254,17 @@ def test_a_damaged_origin_is_refused_with_2(origin, folder, corpus, tmp_path, ca
     told = refused(capsys, recipe)  # a flipped bit: all ranks look for it together before the model is built
     assert "step-00000002/rank-00001.safetensors: xxh3 " in told
     assert "name another as init: RUN@STEP" in told
+    assert not (tmp_path / "tuned/tuned").exists()
     cut(origin / "checkpoints/step-00000002/rank-00001.safetensors")
     assert "name another as init: RUN@STEP" in refused(capsys, recipe)
     copy = shutil.copytree(folder, tmp_path / "copy")
     cut(copy / "model.safetensors")
     assert "model.safetensors cannot be read" in refused(capsys, recipe, f"init={copy}")
     (copy / "model.safetensors").unlink()
-    assert "has neither model.safetensors nor model.safetensors.index.json" in refused(capsys, recipe, f"init={copy}")
+    assert (
+        "has no weights, neither model.safetensors nor model.safetensors.index.json; fetch the folder whole"
+        in refused(capsys, recipe, f"init={copy}")
+    )
 
 
 def test_a_folder_that_is_not_what_it_says_is_refused(folder, corpus, tmp_path, capsys):
@@ -326,3 +333,85 @@ def test_a_model_of_the_hub_comes_from_the_cache_or_is_told_to_be_missing(folder
         open_origin("hf://org/name")
     with pytest.raises(ConfigError, match="init: hf://a/b/c cannot be had"):
         open_origin("hf://a/b/c")
+
+
+# -- a vocabulary that grows ----------------------------------------------------------------------------------------------
+
+
+ADD = "data.tokenizer.add_tokens=['<tool>', '</tool>']"
+
+
+def grown_weights(masters, rows, told, opened):
+    """Old rows are the origin's; the two new ones are the mean of those that have a token."""
+    old = opened.read("embed.weight", 0, 576 * 48).view(576, 48)
+    assert masters.shape == (rows, 48)
+    assert torch.equal(masters[:512], old[:512])
+    mean = old[:512].double().mean(0).float()
+    assert torch.equal(masters[512], masters[513])
+    assert torch.allclose(masters[512], mean, rtol=0, atol=1e-7)
+    assert torch.equal(masters[514:576], old[514:576])  # padding stays
+    assert "grown: rows 512 to 513 of embed.weight are the mean of those before, for '<tool>', '</tool>'" in told
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage"), [(1, 0), pytest.param(2, 3, marks=[pytest.mark.slow, pytest.mark.long])]
+)  # the reads of each are those of ranges
+def test_new_tokens_begin_as_the_mean_of_the_old(ranks, stage, made, corpus, tmp_path):
+    recipe = write_recipe(tmp_path, f"{made}@2", corpus)
+    overrides = [ADD, f"parallel.zero_stage={stage}"]
+    cfg = load_finetune_config(recipe, overrides)
+    assert cfg.model.vocab_size == cfg.origin.model.vocab_size == 576  # rows that were padding are used first
+    assert cfg.data.tokenizer.vocab_size == 514
+    for masters, moments, _, told in run_ranks(ranks, begin, recipe, overrides):
+        assert moments == 0
+        grown_weights(masters["embed.weight"].view(-1, 48), 576, "\n".join(told), open_origin(str(made), 2))
+
+
+def test_any_range_of_a_grown_weight_reads_alike(folder, corpus, tmp_path):
+    """Of a folder without padding, whose weights get more rows."""
+    cfg = load_finetune_config(write_recipe(tmp_path, folder, corpus), [ADD])
+    assert cfg.model.vocab_size == 514
+    initial = origin_weights(cfg, Alone())
+    shape = (514, 48)
+    whole = initial.read("embed.weight", shape, 0, 514 * 48)
+    for start, stop in [
+        (0, 10),
+        (512 * 48 - 5, 512 * 48 + 5),
+        (512 * 48 + 7, 513 * 48 + 9),
+        (5, 5),
+        (513 * 48, 514 * 48),
+    ]:
+        assert torch.equal(initial.read("embed.weight", shape, start, stop), whole[start:stop])
+    assert torch.equal(whole[: 512 * 48], open_origin(str(folder)).read("embed.weight", 0, 512 * 48))
+
+
+@pytest.mark.slow
+def test_a_grown_run_is_tuned_exported_and_grown_no_more(made, corpus, tmp_path, capsys):
+    (tmp_path / "own.txt").write_text("".join(f"<tool>{i}</tool> of my own.\n" for i in range(999)))
+    recipe = write_recipe(tmp_path, f"{made}@2", tmp_path / "own")
+    own = [f"data.sources=[{{kind: text, paths: [{tmp_path}/own.txt]}}]", "data.valid_fraction=0", "train.steps=4"]
+    assert "data.corpus=" in refused(capsys, write_recipe(tmp_path, f"{made}@2", corpus), ADD)
+    recipe = write_recipe(tmp_path, f"{made}@2", tmp_path / "own")
+    assert prepare.main(["--config", recipe, ADD, *own]) == 0
+    run(tune(1, "--config", recipe, ADD, *own), tmp_path / "log")
+    run_dir = tmp_path / "tuned/tuned"
+    assert export.main([str(run_dir), "--output", str(tmp_path / "out")]) == 0
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert exported("a<tool>1").input_ids == open_checkpoint(run_dir, None).tokenizer().encode("a<tool>1").tolist()
+    assert load_file(tmp_path / "out/model.safetensors")["transformer.wte.weight"].shape == (514, 48)
+    capsys.readouterr()
+    told = refused(capsys, recipe, *own)
+    assert "data.tokenizer.add_tokens: got [], and the run began with ['<tool>', '</tool>']" in told
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ("[' a']", "data.tokenizer: add_tokens has ' a'; expected each token once, without spaces around it"),
+        ("['<a>', '<a>']", "data.tokenizer: add_tokens has '<a>'; expected each token once"),
+        ("[3]", "data.tokenizer.add_tokens.0: got 3; input should be a valid string"),
+        ("['def']", "data.tokenizer.add_tokens: 'def' is a token of "),
+    ],
+)
+def test_tokens_that_cannot_be_added_are_refused(tokens, message, made, corpus, tmp_path, capsys):
+    assert message in refused(capsys, write_recipe(tmp_path, made, corpus), f"data.tokenizer.add_tokens={tokens}")

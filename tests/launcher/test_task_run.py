@@ -72,6 +72,8 @@ def test_labels_from_two_ranks_to_one_and_into_scores(origin, tmp_path, capsys, 
     assert found["overall"]["loss/valid"] == pytest.approx(logged(run_dir, "loss/valid")[6], rel=1e-5)
     assert found["overall"]["valid/accuracy"] == logged(run_dir, "valid/accuracy")[6]
     table = found["table"].splitlines()
+    assert found["labels"] == LABELS
+    assert [line.split()[1:] for line in table[-3:]] == [[str(n) for n in row] for row in found["confusion"]]
     assert sum(int(n) for line in table[-3:] for n in line.split()[1:]) == 11
 
     write_lines(tmp_path / "t.jsonl", LINES[:-1])

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from task_runs import make_origin, write_lines
+from task_runs import write_recipe as write_task_recipe
 
 from launcher import verify_resume
 from launcher.config import load_config
@@ -81,6 +83,21 @@ def test_two_ranks_of_a_recipe_with_dropout_are_equal(corpus, tmp_path, scratch,
     assert "none compared" not in text
     assert own.read_text() == "mine\n"
     assert not scratch.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.long  # three starts, as of every kind of run
+def test_a_fine_tuning_for_a_task_is_equal(tmp_path, capfd):
+    origin = make_origin(tmp_path / "origin", ["import os\n", "def name(self):\n", "return x\n"] * 50)
+    lines = [{"text": f"{word} {i}", "label": word} for i in range(8) for word in ("import", "define")]
+    file = write_lines(tmp_path / "t.jsonl", lines)
+    task = {"kind": "classify", "labels": ["import", "define"], "train": [file], "valid": [file]}
+    code = main(["--config", str(write_task_recipe(tmp_path, origin, task)), "--steps", "8", "--ranks", "2"])
+    text = capfd.readouterr().out
+    assert code == 0, text
+    assert "examples of a task are not audited; the records above tell alone" in text
+    assert re.search("evaluation +equal +loss/valid, valid/accuracy, valid/f1, ", text)
+    assert "EQUAL: killed after step" in text
 
 
 @pytest.mark.slow

@@ -193,7 +193,10 @@ def bert(folder):
         (lambda f: (f / "config.json").write_text("[]"), "config.json: 'list' object has no attribute 'get'"),
         (bert, "config.json: model_type 'bert' has no equal here; expected gpt2, llama, qwen3"),
         (lambda f: (f / WEIGHTS).write_bytes(b"short"), "model.safetensors cannot be read: .*; fetch or export"),
-        (lambda f: (f / WEIGHTS).unlink(), r"has neither model.safetensors nor model.safetensors.index.json$"),
+        (
+            lambda f: (f / WEIGHTS).unlink(),
+            r"has no weights, neither model.safetensors nor model.safetensors.index.json; fetch the folder whole",
+        ),
         (
             lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"),
             "pytorch_model.bin may hold pickled code and is never loaded: convert it",

@@ -21,7 +21,7 @@ def on_examples(trained: Trained, cfg: FinetuneConfig, paths: list[str], batch: 
         _, examples = hold_out(read_task(task, task.train), task.valid_fraction, cfg.data.seed)
     else:
         raise ValueError("the run holds no examples out; name files with --data")
-    rows = encode_task(task, examples, trained.tokenizer, trained.model.cfg.seq_len)
+    rows = encode_task(task, examples, trained.tokenizer, trained.model.cfg)
     device = trained.model.embed.weight.device
     with torch.inference_mode():
         tally = count(trained.model, task, rows, batch, 0, 1, device)

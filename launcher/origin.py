@@ -37,6 +37,7 @@ from launcher.trained import Initial, build_model, open_checkpoint
 from model.config import ModelConfig
 from model.hf_config import HfModelConfig
 from model.hf_folder import CONFIG, fetch, is_hf_folder, read_config, read_state, weight_files
+from model.hf_model import HfClassifier, HfModel
 from model.init import initial_values
 from parallel.checkpoint import CheckpointError, body_hash, faults_together, file_hash
 
@@ -336,20 +337,31 @@ def origin_weights(cfg: FinetuneConfig, mesh: "Mesh") -> Initial:
     if damaged:
         raise ConfigError(f"init={cfg.init}: {opened} is damaged: {damaged[0]}; name another as init: RUN@STEP")
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in build_model(cfg).named_parameters()}
-    new, dropped = match(shapes, opened)
+        model = build_model(cfg)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if isinstance(model, HfClassifier):
+        new, dropped = match(shapes, opened, model.is_head, model.is_head)
+    elif isinstance(model, HfModel):
+        new, dropped = match(shapes, opened, lambda name: False, model.is_head)
+    else:
+        new, dropped = match(shapes, opened)
     return Initial(_reader(cfg, opened, new), tuple(_told(shapes, opened, new, dropped)))
 
 
-def match(shapes: dict[str, tuple[int, ...]], origin: Origin) -> tuple[list[str], list[str]]:
+def match(
+    shapes: dict[str, tuple[int, ...]],
+    origin: Origin,
+    may_be_new: Callable[[str], bool] = lambda name: name.startswith(NEW),
+    may_be_dropped: Callable[[str], bool] = lambda name: name == HEAD,
+) -> tuple[list[str], list[str]]:
     """Names of weights of a model that are new, and of the origin's that it has no place for.
 
     shapes: of the model. Raises ConfigError where others than heads would be either.
     """
     new, dropped = sorted(shapes.keys() - origin.shapes.keys()), sorted(origin.shapes.keys() - shapes.keys())
     other = [name for name in shapes.keys() & origin.shapes.keys() if shapes[name] != origin.shapes[name]]
-    wrong = [f"{name} has no value in it" for name in new if not name.startswith(NEW)]
-    wrong += [f"its {name} has no place in the model" for name in dropped if name != HEAD]
+    wrong = [f"{name} has no value in it" for name in new if not may_be_new(name)]
+    wrong += [f"its {name} has no place in the model" for name in dropped if not may_be_dropped(name)]
     wrong += [f"its {name} is {origin.shapes[name]}, the model's {shapes[name]}" for name in sorted(other)]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -18,7 +18,7 @@ from launcher.metrics import MetricsLog
 from launcher.origin import load_finetune_config, origin_weights, refuse_other_tokenizer, tokenizer_of
 from launcher.pretrain import leave, main
 from launcher.run_data import RunData, open_data
-from launcher.start import PRETRAIN, Command
+from launcher.start import PRETRAIN, Command, uses_of_text
 from launcher.task_config import ChatTask, ClassifyTask, TagTask, TextTask
 from launcher.task_data import open_task_data
 from launcher.task_evaluation import evaluate_task
@@ -65,7 +65,7 @@ def uses(cfg: RunConfig) -> dict[str, str]:
         return {"label texts": label, "evaluate it": f"launcher/evaluate.py {cfg.run_dir}"}
     if isinstance(of_finetune(cfg).task, ChatTask):
         return {"talk to it": f"launcher/generate.py {cfg.run_dir} --chat"}
-    return {"sample its text": f"launcher/generate.py {cfg.run_dir} --prompt 'def '"}
+    return uses_of_text(cfg)
 
 
 FINETUNE = Command(

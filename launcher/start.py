@@ -17,6 +17,7 @@ from launcher.run_data import RunData, open_data
 from launcher.run_dir import Ledger, refuse_other_config
 from launcher.saving import Progress, fresh_weights
 from launcher.trained import Initial, build_model
+from model.hf_config import is_masked
 from parallel.checkpoint import CheckpointError, Manifest, committed_steps, folder_name, read_manifest
 from parallel.deepspeed_config import check_passthrough
 from parallel.engine import Engine
@@ -44,6 +45,15 @@ class Command:
     uses: Callable[[RunConfig], dict[str, str]]  # what to do with the result, and how to type it after `python`
 
 
+def uses_of_text(cfg: RunConfig) -> dict[str, str]:
+    """Of a language model."""
+    if is_masked(cfg.model):
+        return {
+            "make a folder for transformers of it": f"launcher/export.py {cfg.run_dir} --output exports/{cfg.run.name}"
+        }
+    return {"sample its text": f"launcher/generate.py {cfg.run_dir} --prompt 'def '"}
+
+
 PRETRAIN = Command(
     name="pretrain",
     description="Pretrain, or go on from the run's newest good checkpoint.",
@@ -54,7 +64,7 @@ PRETRAIN = Command(
     build_model=build_model,
     initial=fresh_weights,
     evaluate=evaluate_text,
-    uses=lambda cfg: {"sample its text": f"launcher/generate.py {cfg.run_dir} --prompt 'def '"},
+    uses=uses_of_text,
 )
 
 

@@ -51,6 +51,13 @@ def read_records(
             yield from read(path, _text(path), columns, found)
 
 
+def text_lines(path: str) -> Iterator[tuple[str, str]]:
+    """Where and what each line of a text file is, empty ones too. Raises as read_records."""
+    for found in list_paths([path], {}):
+        for number, line in enumerate(_text(found).removesuffix("\n").split("\n"), 1):
+            yield f"{found}, line {number}", line.removesuffix("\r")
+
+
 def _format_of(path: str, allowed: tuple[Format, ...]) -> Format:
     name = path.lower()
     for ending in _PACKED:
@@ -131,7 +138,7 @@ def _check_names(path: str, names: list[str], columns: list[Column]) -> None:
             raise RecordError(
                 f"{path}, line 1: has {names.count(column)} columns {column!r}; expected one, and there are "
                 f"{', '.join(repr(name[:40]) for name in names[:20])}. Name another with task.text and task.label; "
-                "where the first line is no line of names, give numbers, from 0"
+                "(launcher/label.py: --field); where the first line is no line of names, give numbers, from 0"
             )
 
 
@@ -180,7 +187,7 @@ def _json(path: str, text: str, columns: list[Column], fmt: Format) -> Iterator[
             if column not in record:
                 has = ", ".join(map(repr, list(record)[:20])) or "nothing"
                 raise RecordError(
-                    f"{where}: there is no field {column!r}, there is {has}; name one in the task section"
+                    f"{where}: there is no field {column!r}, there is {has}; name one in the task section (or by --field)"
                 )
         yield Record(where, [record[column] for column in columns])
 
@@ -201,7 +208,7 @@ def _parquet(path: str, columns: list[Column]) -> Iterator[Record]:
                 if names.count(column) != 1:
                     raise RecordError(
                         f"{path}: has {names.count(column)} columns {column!r}; expected one, and there are "
-                        f"{', '.join(map(repr, names[:20]))}; name one in the task section"
+                        f"{', '.join(map(repr, names[:20]))}; name one in the task section (or by --field)"
                     )
             row = 0
             for batch in table.iter_batches(columns=columns, use_threads=False):

@@ -8,39 +8,60 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.classify import refuse_long
+from data.classify import NO_FRAME, Frame, Placed, refuse_long
 from data.examples import Sentence
 from data.loader import IGNORE
-from data.row_loader import Row, RowSet
-from data.task import TagTask
+from data.row_loader import RowSet
+from data.task import TagTask, WordToken
 from data.tokenizer import Tokenizer
 
 
-def encode_sentences(sentences: Sequence[Sentence], tokenizer: Tokenizer, seq_len: int, cfg: TagTask) -> RowSet:
-    """A row each. Tags are in the set. Raises RecordError for a sentence that is too long.
+def place_words(
+    sentences: Sequence[Sequence[str]],
+    where: Sequence[str],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    too_long: str,
+    join: str,
+    word_token: WordToken,
+    frame: Frame = NO_FRAME,
+) -> list[Placed]:
+    """A tag for each word. Raises RecordError for a sentence that is too long and not to be cut."""
+    spelled = [_spelled(words, join) for words in sentences]
+    different = sorted({word for words in spelled for word in words})
+    pieces = dict(zip(different, tokenizer.encode_batch(different), strict=True))
+    lengths = [[len(pieces[word]) for word in words] for words in spelled]
+    room = seq_len - frame.size
+    refuse_long(where, [sum(of) + frame.size for of in lengths], seq_len, too_long)
+    placed = []
+    for words, of in zip(spelled, lengths, strict=True):
+        tokens = np.concatenate([pieces[word] for word in words])
+        ends, counts = np.cumsum(of), np.array(of)
+        at = ends - counts if word_token == "first" else ends - 1
+        at = np.where((counts == 0) | (at >= room), -1, at + len(frame.before))
+        placed.append(Placed(frame.around(tokens[:room]), at, len(tokens) > room, frame is not NO_FRAME))
+    return placed
+
+
+def encode_sentences(
+    sentences: Sequence[Sentence], tokenizer: Tokenizer, seq_len: int, cfg: TagTask, frame: Frame = NO_FRAME
+) -> RowSet:
+    """A row each. Tags are in the set. Raises as place_words.
 
     Words without a token in this tokenizer, and words behind a cut, have no target; they are counted in the notes.
     """
     number = {tag: at for at, tag in enumerate(cfg.labels)}
-    pieces = _pieces(sentences, tokenizer, cfg.join)
-    spelled = [[pieces[word] for word in _spelled(sentence, cfg.join)] for sentence in sentences]
-    refuse_long([s.where for s in sentences], [sum(map(len, words)) for words in spelled], seq_len, cfg.too_long)
+    where = [sentence.where for sentence in sentences]
+    words = [sentence.words for sentence in sentences]
+    placed = place_words(words, where, tokenizer, seq_len, cfg.too_long, cfg.join, cfg.word_token, frame)
     found = RowSet([], [], seq_len)
     cut = lost = silent = 0
-    for sentence, words in zip(sentences, spelled, strict=True):
-        tokens = np.concatenate(words).astype(np.int64)
-        targets = np.full(len(tokens), IGNORE, dtype=np.int64)
-        end = 0
-        for word, tag in zip(words, sentence.tags, strict=True):
-            begin, end = end, end + len(word)
-            at = begin if cfg.word_token == "first" else end - 1
-            silent += not len(word)
-            lost += bool(len(word)) and at >= seq_len
-            if len(word) and at < seq_len:
-                targets[at] = number[tag]
-        cut += len(tokens) > seq_len
-        if (targets[:seq_len] != IGNORE).any():
-            found.rows.append(Row(tokens[:seq_len], targets[:seq_len]))
+    for sentence, of in zip(sentences, placed, strict=True):
+        row = of.row([number[tag] for tag in sentence.tags])
+        without = int((of.at < 0).sum())
+        cut, lost, silent = cut + of.is_cut, lost + without * of.is_cut, silent + without * (not of.is_cut)
+        if (row.targets != IGNORE).any():
+            found.rows.append(row)
             found.where.append(sentence.where)
     if cut:
         found.notes.append(
@@ -51,12 +72,6 @@ def encode_sentences(sentences: Sequence[Sentence], tokenizer: Tokenizer, seq_le
     return found
 
 
-def _spelled(sentence: Sentence, join: str) -> list[str]:
+def _spelled(words: Sequence[str], join: str) -> list[str]:
     """The words, each but the first with what is between words before it."""
-    return [word if not at else join + word for at, word in enumerate(sentence.words)]
-
-
-def _pieces(sentences: Sequence[Sentence], tokenizer: Tokenizer, join: str) -> dict[str, np.ndarray]:
-    """The tokens of each different word."""
-    words = sorted({word for sentence in sentences for word in _spelled(sentence, join)})
-    return dict(zip(words, tokenizer.encode_batch(words), strict=True))
+    return [word if not at else join + word for at, word in enumerate(words)]

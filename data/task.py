@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, model_validator
 Format = Literal["tsv", "csv", "jsonl", "parquet", "conll"]
 # a name, of a file that begins with a line of names, or a number from 0, of one that does not; -1 is the last
 Column = str | Annotated[int, Field(strict=True)]
+WordToken = Literal["first", "last"]
 Labels = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)]
 
 
@@ -56,7 +57,7 @@ class TagTask(_Task, frozen=True, extra="forbid", strict=True):
     words: Column | None = None  # None: the first column of conll, else the field tokens, a list of strings
     tags: Column | None = None  # None: the last column of conll, else the field tags, as long a list
     join: str = " "  # what is between words; "" where each character is a word, as in Chinese
-    word_token: Literal["first", "last"] = "first"  # which token of a word has its tag; the others do not count
+    word_token: WordToken = "first"  # which token of a word has its tag; the others do not count
 
 
 class PreferenceTask(_Task, frozen=True, extra="forbid", strict=True):

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationEr
 from data.config import DataConfig
 from data.urls import SECRET, redact
 from launcher.task_config import TaskConfig
-from model.hf_config import AnyModelConfig, is_masked
+from model.hf_config import AnyModelConfig, HfModelConfig, is_masked
 from model.lora import LoraConfig
 from parallel.config import CheckpointConfig, OptimConfig, ParallelConfig
 
@@ -261,6 +261,25 @@ class FinetuneConfig(RunConfig, frozen=True, extra="forbid", strict=True):
     task: TaskConfig
     lora: LoraConfig | None = None  # None: all weights are trained
     origin: OriginConfig
+
+    @model_validator(mode="after")
+    def _model_can_learn_the_task(self) -> Self:
+        kind = self.task.kind
+        if kind == "chat" and is_masked(self.model):
+            raise ValueError(
+                "task.kind: got chat, and the model is a masked one, which answers nothing; expected classify, tag or text"
+            )
+        if kind == "preference" and isinstance(self.model, HfModelConfig):
+            raise ValueError(
+                "task.kind: got preference, and the model is of family hf; expected a run of the own decoder or "
+                "a folder of a GPT-2, a Llama or a Qwen3"
+            )
+        if kind in ("classify", "tag") and isinstance(self.model, HfModelConfig) and not is_masked(self.model):
+            raise ValueError(
+                f"task.kind: got {kind}, and the model is of family hf and causal, for which there is no head here; begin "
+                "with a model of Longhaul's own decoder (export it, and name the folder), or with a masked one"
+            )
+        return self
 
     @property
     def begun_with(self) -> dict[str, Any]:

@@ -258,6 +258,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
                 f"--field {args.field} is for text; the columns of a task are those of the run: leave it out"
             )
         return about | on_examples(trained, checkpoint.cfg, args.data, batch)
+    if trained.head is not None:
+        raise ValueError(
+            f"{args.model} gives labels, and does not say of which files; evaluate the run that it was exported from, or "
+            f"label texts with launcher/label.py {args.model}"
+        )
     corpus, is_corpus = corpus_among(args.data)
     if is_corpus:
         found = on_corpus(trained, corpus, args.windows, batch)

@@ -32,7 +32,7 @@ def on_examples(trained: Trained, cfg: FinetuneConfig, paths: list[str], batch: 
     else:
         raise ValueError("the run holds no examples out; name files with --data")
     assert trained.checkpoint is not None
-    rows = encode_task(task, examples, trained.tokenizer, trained.model.cfg.seq_len)
+    rows = encode_task(task, examples, trained.tokenizer, trained.model.cfg)
     if isinstance(task, PreferenceTask):
         rows.reference = read(trained.checkpoint.run_dir, trained.checkpoint.reader.manifest.cursor).get("valid")
         if rows.reference is None or len(rows.reference) != len(rows.rows):

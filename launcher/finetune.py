@@ -61,7 +61,8 @@ def evaluate(
 
 def uses(cfg: RunConfig) -> dict[str, str]:
     if isinstance(of_finetune(cfg).task, ClassifyTask | TagTask):
-        return {"evaluate it": f"launcher/evaluate.py {cfg.run_dir}"}
+        label = f"launcher/label.py {cfg.run_dir} --text 'a text'"
+        return {"label texts": label, "evaluate it": f"launcher/evaluate.py {cfg.run_dir}"}
     if isinstance(of_finetune(cfg).task, ChatTask | PreferenceTask):
         return {"talk to it": f"launcher/generate.py {cfg.run_dir} --chat"}
     return uses_of_text(cfg)

@@ -18,7 +18,6 @@ from launcher.chat import Chat, talk, template_of
 from launcher.config import ConfigError
 from launcher.continuation import Options, continue_prompts
 from launcher.trained import Trained, load_trained, open_checkpoint
-from model.classifier import Classifier
 from model.hf_config import is_masked
 from model.hf_folder import DTYPES
 from model.network import Network
@@ -75,11 +74,8 @@ def refuse_arguments(args: argparse.Namespace) -> None:
 
 def refuse_model(trained: Trained, name: Path) -> None:
     """Raise ValueError for a model that continues no text, or none here."""
-    if isinstance(trained.model, Classifier):
-        raise ValueError(
-            f"{name} gives labels and no text; launcher/evaluate.py {name} --data FILE scores it, and its "
-            "export labels texts by transformers' pipeline"
-        )
+    if trained.head is not None:
+        raise ValueError(f"{name} gives labels and no text; label texts with launcher/label.py {name}")
     if is_masked(trained.model.cfg):
         raise ValueError(
             f"{name} is a masked model, which fills in hidden tokens and continues no text; launcher/export.py {name} "

@@ -50,6 +50,16 @@ print([model.config.id2label[[next(tags) for _ in of_word][-{at:d}]] for of_word
 """
 
 
+_LOAD_MASKED_TAGGER = """\
+import torch
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+model = AutoModelForTokenClassification.from_pretrained("{folder}").eval()
+tokenizer, words = AutoTokenizer.from_pretrained("{folder}"), ["Words", "of", "a", "sentence"]
+ids = [tokenizer(("{join}" if i else "") + word, add_special_tokens=False).input_ids for i, word in enumerate(words)]
+row = [tokenizer.cls_token_id, *sum(ids, []), tokenizer.sep_token_id]  # each word by itself
+tags = iter(model(torch.tensor([row])).logits[0, 1:-1].argmax(-1).tolist())
+print([model.config.id2label[[next(tags) for _ in of_word][-{at:d}]] for of_word in ids])
+"""
 _LOAD_MASKED = """\
 from transformers import pipeline
 fill = pipeline("fill-mask", model="{folder}")
@@ -159,9 +169,8 @@ def _snippet(checkpoint: Checkpoint, report: dict[str, Any], name: str) -> str:
         return snippet(name, fast, checkpoint.cfg.model.seq_len)
     assert isinstance(checkpoint.cfg, FinetuneConfig)
     if isinstance(checkpoint.cfg.task, TagTask):
-        return _LOAD_TAGGER.format(
-            folder=name, join=checkpoint.cfg.task.join, at=checkpoint.cfg.task.word_token == "last"
-        )
+        tagger = _LOAD_MASKED_TAGGER if is_masked(checkpoint.cfg.model) else _LOAD_TAGGER
+        return tagger.format(folder=name, join=checkpoint.cfg.task.join, at=checkpoint.cfg.task.word_token == "last")
     return _LOAD_CLASSIFIER.format(folder=name)
 
 
@@ -173,11 +182,13 @@ def _note(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
             f"A document begins after the end of another one (id {report['ids']['eos']}), so that is also the id to begin "
             "an empty text\nwith; nothing else is put before a text."
         )
-    return (
-        "Nothing is put before a text. Labels: "
-        + ", ".join(f"`{label}`" for label in checkpoint.label_head.labels)
-        + "."
+    masked = is_masked(checkpoint.cfg.model)
+    around = (
+        "A text stands between the two tokens that the tokenizer puts around it"
+        if masked
+        else "Nothing is put before a text"
     )
+    return f"{around}. Labels: " + ", ".join(f"`{label}`" for label in checkpoint.label_head.labels) + "."
 
 
 def _pipeline(checkpoint: Checkpoint) -> str:

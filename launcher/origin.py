@@ -37,6 +37,7 @@ from launcher.trained import NEW, Initial, build_model, build_plain, lora_of, op
 from model.config import ModelConfig
 from model.hf_config import AnyModelConfig, HfModelConfig
 from model.hf_folder import CONFIG, fetch, is_hf_folder, read_config, read_state, weight_files
+from model.hf_model import HfClassifier, HfModel
 from model.init import initial_values
 from model.lora import LoraError, import_peft, is_adapter, plain_name, targets_of
 from parallel.checkpoint import CheckpointError, body_hash, faults_together, file_hash
@@ -458,26 +459,35 @@ def origin_weights(cfg: FinetuneConfig, mesh: "Mesh") -> Initial:
     if damaged:
         raise ConfigError(f"init={cfg.init}: {opened} is damaged: {damaged[0]}; name another as init: RUN@STEP")
     with torch.device("meta"):
-        whole = {name: tuple(p.shape) for name, p in build_model(cfg).named_parameters()}
-    shapes = {plain_name(name): shape for name, shape in whole.items() if not is_adapter(name)}
-    new, dropped = match(shapes, opened)
+        model, whole = build_plain(cfg), build_model(cfg)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if isinstance(model, HfClassifier):
+        new, dropped = match(shapes, opened, model.is_head, model.is_head)
+    elif isinstance(model, HfModel):
+        new, dropped = match(shapes, opened, lambda name: False, model.is_head)
+    else:
+        new, dropped = match(shapes, opened)
     lines = _told(shapes, opened, new, dropped)
     if (lora := lora_of(cfg)) is not None:
-        lines.append(
-            f"  new beside them: {len(whole) - len(shapes)} matrices of LoRA, rank {lora.rank}, that add 0 as yet"
-        )
+        n_adapters = sum(is_adapter(name) for name, _ in whole.named_parameters())
+        lines.append(f"  new beside them: {n_adapters} matrices of LoRA, rank {lora.rank}, that add 0 as yet")
     return Initial(_reader(cfg, opened, new), tuple(lines))
 
 
-def match(shapes: dict[str, tuple[int, ...]], origin: Origin) -> tuple[list[str], list[str]]:
+def match(
+    shapes: dict[str, tuple[int, ...]],
+    origin: Origin,
+    may_be_new: Callable[[str], bool] = lambda name: name.startswith(NEW),
+    may_be_dropped: Callable[[str], bool] = lambda name: name == HEAD,
+) -> tuple[list[str], list[str]]:
     """Names of weights of a model that are new, and of the origin's that it has no place for.
 
     shapes: of the model. Raises ConfigError where others than heads would be either.
     """
     new, dropped = sorted(shapes.keys() - origin.shapes.keys()), sorted(origin.shapes.keys() - shapes.keys())
     other = [name for name in shapes.keys() & origin.shapes.keys() if shapes[name] != origin.shapes[name]]
-    wrong = [f"{name} has no value in it" for name in new if not name.startswith(NEW)]
-    wrong += [f"its {name} has no place in the model" for name in dropped if name != HEAD]
+    wrong = [f"{name} has no value in it" for name in new if not may_be_new(name)]
+    wrong += [f"its {name} has no place in the model" for name in dropped if not may_be_dropped(name)]
     wrong += [f"its {name} is {origin.shapes[name]}, the model's {shapes[name]}" for name in sorted(other)]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -110,7 +110,8 @@ def count(
     device: torch.device | str,
     enter: Callable[[str], None] = lambda phase: None,
 ) -> Tally | PairTally:
-    """One rank's part. model: gives logits of tokens (B, T), of conversations the summed loss, of pairs log-probabilities.
+    """One rank's part. model: Transformer.forward or like it; of conversations it is asked for the summed loss, of pairs for
+    log-probabilities, else for logits.
 
     Every rank makes the same number of forward passes.
     """
@@ -123,19 +124,33 @@ def count(
         return Tally(sums.nats, sums.targets, np.zeros((0, 0), dtype=np.int64), nothing)
     kinds = kinds_of(task.labels) if isinstance(task, TagTask) else []
     nats, true, predicted, entities = 0.0, list[int](), list[int](), np.zeros((len(kinds), 3), dtype=np.int64)
-    for _, (tokens, targets, _) in batches:
+    for log_probs, labels in label_log_probs(model, batches, device, enter):
+        nats -= log_probs.gather(1, labels.unsqueeze(1)).double().sum().item()
+        theirs, ours = labels.tolist(), log_probs.argmax(dim=-1).tolist()
+        true.extend(theirs)
+        predicted.extend(ours)
+        if kinds and theirs:
+            entities += entity_counts([task.labels[at] for at in theirs], [task.labels[at] for at in ours], kinds)
+    return Tally(nats, len(true), confusion_of(true, predicted, len(task.labels)), entities)
+
+
+def label_log_probs(
+    model: Callable[..., Tensor],
+    batches: Iterator[tuple[list[int], Batch]],
+    device: torch.device | str,
+    enter: Callable[[str], None] = lambda phase: None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Row by row, what a model makes of the places that have a label: log-probabilities (n, L), fp32, and labels (n,).
+
+    model: as count takes it.    batches: of eval_rows.
+    """
+    for _, (tokens, targets, documents) in batches:
         enter("evaluation")
-        log_probs = torch.log_softmax(model(tokens.to(device)).float(), dim=-1).cpu()  # (B, T, L)
+        logits = model(tokens.to(device), None, None if documents is None else documents.to(device))
+        log_probs = torch.log_softmax(logits.float(), dim=-1).cpu()  # (B, T, L)
         for row, row_targets in zip(log_probs, targets, strict=True):
             counted = row_targets != IGNORE
-            labels = row_targets[counted]
-            nats -= row[counted].gather(1, labels.unsqueeze(1)).double().sum().item()
-            theirs, ours = labels.tolist(), row[counted].argmax(dim=-1).tolist()
-            true.extend(theirs)
-            predicted.extend(ours)
-            if kinds and theirs:
-                entities += entity_counts([task.labels[at] for at in theirs], [task.labels[at] for at in ours], kinds)
-    return Tally(nats, len(true), confusion_of(true, predicted, len(task.labels)), entities)
+            yield row[counted], row_targets[counted]
 
 
 def _count_pairs(

@@ -71,7 +71,7 @@ class TaskData(RunData):
         self._first = 0 if cursor is None else int(cursor["samples"])
 
     def _encode(self, examples: list[Any], cfg: FinetuneConfig) -> RowSet:
-        rows = encode_task(self.task, examples, self.tokenizer, cfg.model.seq_len)
+        rows = encode_task(self.task, examples, self.tokenizer, cfg.model)
         if not rows.rows:
             raise RecordError(f"{examples[0].where}: nothing is left to learn or score of this file; {rows.notes}")
         return rows

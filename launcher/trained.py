@@ -12,14 +12,14 @@ from torch import Tensor
 
 from data.fast_tokenizer import before_text, load_exported
 from data.tokenizer import Tokenizer
-from launcher.config import ConfigError, FinetuneConfig, RunConfig, validate
+from launcher.config import FinetuneConfig, RunConfig, validate
 from launcher.task_config import ClassifyTask, PreferenceTask, TagTask
-from model.classifier import Classifier
 from model.config import ModelConfig
 from model.hf import LabelHead
-from model.hf_folder import DTYPES, is_hf_folder, read_config, read_model
+from model.hf_folder import DTYPES, is_hf_folder, read_config, read_head, read_model
+from model.hf_model import HfClassifier
 from model.lora import BASE, A, B, LoraConfig, add_adapters, is_adapter, merged, plain_name, within
-from model.network import Network, build_network
+from model.network import Network, build_classifier, build_network
 from model.preference import Preference
 from parallel.checkpoint import CheckpointError, CheckpointReader, committed_steps, faults, folder_name
 
@@ -34,19 +34,18 @@ def build_model(cfg: RunConfig) -> Network:
     """The model that a run of this config trains, with its adapters; its parameters have no values. Raises LoraError."""
     model, lora = build_plain(cfg), lora_of(cfg)
     if lora is not None:
-        add_adapters(model, lora, (NEW,))
+        names = [name for name, _ in model.named_parameters()]
+        is_head = model.is_head if isinstance(model, HfClassifier) else lambda name: name.startswith(NEW)
+        add_adapters(model, lora, tuple(filter(is_head, names)))
     return model
 
 
 def build_plain(cfg: RunConfig) -> Network:
     """The model that comes out of the run; its parameters have no values."""
     if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, ClassifyTask | TagTask):
-        if not isinstance(cfg.model, ModelConfig):
-            raise ConfigError(f"task.kind={cfg.task.kind} has no head for model.family=hf yet; use kind: text")
-        return Classifier(cfg.model, len(cfg.task.labels))
+        return build_classifier(cfg.model, len(cfg.task.labels), isinstance(cfg.task, TagTask))
     if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, PreferenceTask):
-        if not isinstance(cfg.model, ModelConfig):
-            raise ConfigError("task.kind=preference needs Longhaul's own decoder; init is a model of family hf")
+        assert isinstance(cfg.model, ModelConfig), "the config saw to it"
         return Preference(cfg.model, cfg.task.beta)
     return build_network(cfg.model)
 
@@ -96,11 +95,9 @@ class Checkpoint:
     def label_head(self) -> LabelHead | None:
         """What it has in place of a head for tokens."""
         task = self.cfg.task if isinstance(self.cfg, FinetuneConfig) else None
-        return (
-            LabelHead(tuple(task.labels), isinstance(task, TagTask))
-            if isinstance(task, ClassifyTask | TagTask)
-            else None
-        )
+        if isinstance(task, TagTask):
+            return LabelHead(tuple(task.labels), True, {"join": task.join, "word_token": task.word_token})
+        return LabelHead(tuple(task.labels), False) if isinstance(task, ClassifyTask) else None
 
     def model(self, rounded_to: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32) -> Network:
         """The model as it was trained, in eval mode, computing in `dtype` with weights that were rounded to `rounded_to`
@@ -178,6 +175,7 @@ class Trained:
     tokenizer: Tokenizer
     checkpoint: Checkpoint | None  # None: it is of a Hugging Face folder
     before: tuple[int, ...] = ()  # ids that the folder's tokenizer puts before every text
+    head: LabelHead | None = None  # in place of one for tokens
 
     def prompt_ids(self, text: str) -> list[int]:
         """The ids of a text to continue."""
@@ -195,17 +193,18 @@ def load_trained(place: Path, step: int | None, dtype: torch.dtype | None = None
         for line in checkpoint.passed_over:
             print(f"{line}; taking step {checkpoint.step}", file=sys.stderr)
         dtype = dtype or DTYPES[checkpoint.cfg.parallel.precision]
-        return Trained(_placed(checkpoint.model(dtype=dtype)), checkpoint.tokenizer(), checkpoint)
+        model = _placed(checkpoint.model(dtype=dtype))
+        return Trained(model, checkpoint.tokenizer(), checkpoint, head=checkpoint.label_head)
     if step is not None:
         raise ValueError(f"--step {step} is of a run's checkpoints; {place} is a Hugging Face folder: leave it out")
-    cfg, tokenizer = read_config(place), load_exported(place)
+    cfg, head, tokenizer = read_config(place), read_head(place), load_exported(place)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise ValueError(
             f"{place}: the tokenizer has {tokenizer.vocab_size} ids, config.json has vocab_size={cfg.vocab_size}; they are "
             "not of one model"
         )
-    model = read_model(place, cfg, dtype or torch.float32)
-    return Trained(_placed(model), tokenizer, None, tuple(before_text(tokenizer)))
+    model = read_model(place, cfg, dtype or torch.float32, head)
+    return Trained(_placed(model), tokenizer, None, tuple(before_text(tokenizer)), head)
 
 
 def _placed(model: Network) -> Network:

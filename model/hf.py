@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +11,12 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from model.config import ModelConfig, RopeScaling
 from model.hf_config import HfModelConfig, to_transformers
-from model.hf_model import HfModel
+from model.hf_model import HfClassifier, HfModel
 from model.transformer import Transformer
+
+# with which the names of architectures with a head for labels end, and whether each token has one
+_PER_TOKEN = {"ForTokenClassification": True, "ForSequenceClassification": False}
+_OF_WORDS = "token-classification"  # of task_specific_params in a config.json
 
 # ---------------------------------------------------------------------------------------------------------- weights
 
@@ -41,10 +46,11 @@ class LabelHead:
 
     labels: tuple[str, ...]
     per_token: bool  # a label for each token; else one for the text, of its last token
+    words: Mapping[str, str] = field(default_factory=dict)  # per_token: what data/task.py's TagTask says of words
 
     @property
     def task(self) -> str:
-        return "ForTokenClassification" if self.per_token else "ForSequenceClassification"
+        return next(task for task, per_token in _PER_TOKEN.items() if per_token == self.per_token)
 
     def shapes(self, d_model: int) -> dict[str, torch.Size]:
         """Of its parameters. Ours have no bias; transformers' heads for tokens have one, which is 0 then."""
@@ -116,7 +122,8 @@ def weight_rules(cfg: ModelConfig | HfModelConfig, head: LabelHead | None = None
     """
     if isinstance(cfg, HfModelConfig):
         with torch.device("meta"):
-            return [Rule(name, (name,)) for name, _ in HfModel(cfg).named_parameters()]
+            theirs = HfModel(cfg) if head is None else HfClassifier(cfg, len(head.labels), head.per_token)
+        return [Rule(name, (name,)) for name, _ in theirs.named_parameters()]
     family = _family(cfg)
     with torch.device("meta"):
         ours = {name for name, _ in Transformer(cfg).named_parameters()}
@@ -143,13 +150,14 @@ def to_hf_state(cfg: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tens
     return {rule.hf: rule.to_hf(*(given[name] for name in rule.ours)) for rule in rules}
 
 
-def from_hf_state(cfg: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_hf_state(cfg: ModelConfig, state: Mapping[str, Tensor], head: LabelHead | None = None) -> dict[str, Tensor]:
     """Our state from transformers', ready for Transformer.load_state_dict; gradients by name go the same way.
 
     Takes the causal model's state and files without its prefix (as the published GPT-2 is), with or without
-    lm_head.weight when the head is tied; masks and rotary frequencies are skipped. Raises as to_hf_state does.
+    lm_head.weight when the head is tied; masks and rotary frequencies are skipped. head: in place of the one for tokens;
+    its bias, which ours has not, must be 0. Raises as to_hf_state does.
     """
-    rules = weight_rules(cfg)
+    rules = weight_rules(cfg, head)
     prefix = rules[0].hf.partition(".")[0] + "."
     given = {name: tensor for name, tensor in state.items() if not _NOT_PARAMETERS.search(name)}
     if not any(name.startswith(prefix) for name in given):
@@ -159,7 +167,10 @@ def from_hf_state(cfg: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Te
     ours: dict[str, Tensor] = {}
     for rule in rules:
         ours.update(zip(rule.ours, rule.from_hf(given[rule.hf]), strict=True))
-    if cfg.tie_embeddings:
+    if head is not None:
+        if (bias := ours.pop("score.bias", None)) is not None and bias.any():
+            raise ValueError("the bias of its head for labels is not 0, and the one here has none; use transformers")
+    elif cfg.tie_embeddings:
         ours["head.weight"] = ours["embed.weight"]
     return ours
 
@@ -236,12 +247,31 @@ def _family(cfg: ModelConfig) -> str:
 
 def with_labels(config: PreTrainedConfig, head: LabelHead) -> PreTrainedConfig:
     """The config of a language model as that of the architecture with this head."""
-    config.architectures = [re.sub("LMHeadModel$|ForCausalLM$", head.task, name) for name in config.architectures or []]
+    config.architectures = [
+        re.sub("LMHeadModel$|ForCausalLM$|ForMaskedLM$", head.task, name) for name in config.architectures or []
+    ]
     config.id2label = dict(enumerate(head.labels))
     config.label2id = {label: number for number, label in enumerate(head.labels)}
+    if head.words:
+        config.task_specific_params = {_OF_WORDS: dict(head.words)}
     if not head.per_token:
         config.problem_type = "single_label_classification"
     return config
+
+
+def read_labels(config: Mapping[str, Any]) -> LabelHead | None:
+    """The head for labels that a config.json says; None where it is of another model. Raises ValueError."""
+    name = next(iter(config.get("architectures") or []), "")
+    task = next((task for task in _PER_TOKEN if name.endswith(task)), None)
+    if task is None:
+        return None
+    labels = {int(number): str(label) for number, label in (config.get("id2label") or {}).items()}
+    if len(labels) < 2 or sorted(labels) != list(range(len(labels))):
+        raise ValueError(f"id2label={config.get('id2label')!r}; expected a label for each number from 0, at least two")
+    if (kind := config.get("problem_type")) not in (None, "single_label_classification"):
+        raise ValueError(f"problem_type={kind!r} is not one label of several; expected single_label_classification")
+    words = (config.get("task_specific_params") or {}).get(_OF_WORDS, {})
+    return LabelHead(tuple(labels[number] for number in range(len(labels))), _PER_TOKEN[task], words)
 
 
 def to_hf_config(cfg: ModelConfig | HfModelConfig, **token_ids: int) -> PreTrainedConfig:

@@ -28,6 +28,8 @@ Objective = Literal["masked", "causal"]
 # transformers' own initial values. Others may keep documents apart in another way, or change logits behind their head.
 TESTED: dict[str, tuple[str, ...]] = {"masked": ("bert", "distilbert", "electra"), "causal": ("gpt2",)}
 
+_LANGUAGE = {"masked": "MaskedLM", "causal": "CausalLM"}  # ends of names of transformers' classes
+
 # Keys of `config` that Longhaul sets, and what to set for them.
 _OURS = {
     "vocab_size": "model.vocab_size",
@@ -145,6 +147,8 @@ def from_transformers(raw: dict[str, Any], objective: Objective) -> HfModelConfi
         raise ValueError(f"model_type {kind!r} is none of {', '.join(TESTED[objective])}")
     from transformers import CONFIG_MAPPING
 
+    if (positions := raw.get("position_embedding_type", "absolute")) != "absolute":  # as older transformers knew others
+        raise ValueError(f"position_embedding_type={positions!r} is none that transformers builds; expected 'absolute'")
     theirs = CONFIG_MAPPING[kind].from_dict(raw)
     plain = CONFIG_MAPPING[kind]().to_dict()
     found = theirs.to_dict()
@@ -164,16 +168,19 @@ def from_transformers(raw: dict[str, Any], objective: Objective) -> HfModelConfi
     )
 
 
-def build_unset(cfg: HfModelConfig) -> nn.Module:
+def build_unset(cfg: HfModelConfig, n_labels: int = 0, per_token: bool = False) -> nn.Module:
     """transformers' model, its parameters without values, on whatever device torch makes tensors.
 
+    n_labels: with a head for so many labels in place of the one for tokens, of each token or of the text.
     It is told of no token for padding, whose embedding would get no gradient: which id that is, the tokenizer says.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    import transformers
     from transformers.initialization import no_init_weights
 
-    kind = AutoModelForMaskedLM if cfg.objective == "masked" else AutoModelForCausalLM
-    config = to_transformers(cfg, pad_token_id=None, bos_token_id=None, eos_token_id=None, use_cache=False)
+    task = ("TokenClassification" if per_token else "SequenceClassification") if n_labels else _LANGUAGE[cfg.objective]
+    kind = getattr(transformers, f"AutoModelFor{task}")
+    labels = {"num_labels": n_labels} if n_labels else {}
+    config = to_transformers(cfg, pad_token_id=None, bos_token_id=None, eos_token_id=None, use_cache=False, **labels)
     with no_init_weights():
         model: nn.Module = kind.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     model.tie_weights()  # type: ignore[operator]  # no_init_weights leaves it out

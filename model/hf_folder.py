@@ -32,10 +32,20 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from model.config import ModelConfig
-from model.hf import LabelHead, Rule, from_hf_config, from_hf_state, to_hf_config, weight_rules, with_labels
+from model.hf import (
+    LabelHead,
+    Rule,
+    from_hf_config,
+    from_hf_state,
+    read_labels,
+    to_hf_config,
+    weight_rules,
+    with_labels,
+)
 from model.hf_config import TESTED, HfModelConfig, Objective, from_transformers, is_masked
 from model.hf_model import HfModel
-from model.network import Network, build_network
+from model.hf_state import state_of
+from model.network import Network, build_classifier, build_network
 from model.transformer import Transformer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -108,9 +118,9 @@ def plan_files(
     Raises ValueError as to_hf_config does.
     """
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in build_network(cfg).named_parameters()}
-    if head is not None:
-        shapes |= head.shapes(cfg.d_model)
+        shapes = {name: parameter.shape for name, parameter in _empty(cfg, head).named_parameters()}
+    if head is not None and isinstance(cfg, ModelConfig):
+        shapes |= head.shapes(cfg.d_model)  # with the bias that ours has not
     groups: list[list[Entry]] = []
     room = 0
     for rule in weight_rules(cfg, head):
@@ -238,8 +248,19 @@ def read_config(folder: Path, objective: Objective | None = None) -> ModelConfig
         raise ValueError(f"{file}: {error}") from None
 
 
-def read_state(folder: Path, cfg: ModelConfig | HfModelConfig) -> dict[str, Tensor]:
-    """The folder's weights by our names, as they are there; of family hf with what heads it has. cfg: read_config of it.
+def read_head(folder: Path) -> LabelHead | None:
+    """The head for labels that the folder's config says; None for a language model. Raises ValueError."""
+    file = folder / CONFIG
+    try:
+        return read_labels(json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def read_state(folder: Path, cfg: ModelConfig | HfModelConfig, head: LabelHead | None = None) -> dict[str, Tensor]:
+    """The folder's weights by our names, as they are there. cfg: read_config of it.    head: read_head of it, if wanted.
+
+    Of a masked model those of whatever head it has are among them.
 
     Raises ValueError where they are no safetensors, cut short, or do not fit the config.
     """
@@ -250,68 +271,66 @@ def read_state(folder: Path, cfg: ModelConfig | HfModelConfig) -> dict[str, Tens
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{folder / name} cannot be read: {error}; fetch or export the folder again") from None
     if isinstance(cfg, HfModelConfig):
-        return _hf_state(folder, cfg, state)
-    if heads := sorted(name for name in state if name.startswith(("score.", "classifier."))):
+        with torch.device("meta"):
+            model = HfModel(cfg)
+        try:
+            return state_of(model, state)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+    heads = sorted(name for name in state if name.startswith(("score.", "classifier.")))
+    if heads and head is None:
         raise ValueError(
             f"{folder} has a head for labels ({', '.join(heads)}), and a language model is expected here; use the run "
             "that it was exported from, or transformers"
         )
     try:
-        ours = from_hf_state(cfg, state)
+        ours = from_hf_state(cfg, state, head)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{folder}: {error}") from None
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in Transformer(cfg).named_parameters()}
-    _require_shapes(folder, ours, shapes)
-    return ours
-
-
-# Names that BERTs of 2018 have, and what stands for them now; and what no parameter stands behind.
-_OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}
-_NO_PARAMETERS = (".position_ids", ".token_type_ids")
-
-
-def _hf_state(folder: Path, cfg: HfModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Under the names of parameters: a shared one is there once."""
-    with torch.device("meta"):
-        model = HfModel(cfg)
-    parameters = dict(model.named_parameters())
-    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parameters.keys()
-    ours: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        for old, new in _OLD_NAMES.items():
-            name = name.removesuffix(old) + new if name.endswith(old) else name
-        if name not in shared and not name.endswith(_NO_PARAMETERS):
-            ours[name] = tensor
-    _require_shapes(folder, ours, {name: p.shape for name, p in parameters.items() if name in ours})
-    return ours
-
-
-def _require_shapes(folder: Path, found: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
-    if other := sorted(name for name, shape in shapes.items() if found[name].shape != shape):
+        shapes = {name: parameter.shape for name, parameter in _empty(cfg, head).named_parameters()}
+    if other := sorted(name for name, shape in shapes.items() if ours[name].shape != shape):
         name = other[0]
         raise ValueError(
-            f"{folder}: size mismatch for {name}: {tuple(found[name].shape)}, its {CONFIG} says {tuple(shapes[name])}; "
-            "fetch or export the folder again"
+            f"{folder}: size mismatch for {name}: {tuple(ours[name].shape)}, its {CONFIG} says {tuple(shapes[name])}; fetch "
+            "or export the folder again"
         )
+    return ours
 
 
-def read_model(folder: Path, cfg: ModelConfig | HfModelConfig, dtype: torch.dtype = torch.float32) -> Network:
-    """Our model with the folder's weights, in eval mode. cfg: read_config of it. Raises ValueError as read_state does."""
-    state = {name: tensor.to(dtype) for name, tensor in read_state(folder, cfg).items()}
+def read_model(
+    folder: Path, cfg: ModelConfig | HfModelConfig, dtype: torch.dtype = torch.float32, head: LabelHead | None = None
+) -> Network:
+    """Our model with the folder's weights, in eval mode. cfg, head: as read_state takes them. Raises ValueError as it."""
+    state = {name: tensor.to(dtype) for name, tensor in read_state(folder, cfg, head).items()}
     if isinstance(cfg, HfModelConfig):
-        other = HfModel(cfg)
-        parameters = dict(other.named_parameters())
-        if missing := sorted(parameters.keys() - state.keys()):
-            raise ValueError(f"{folder} has no {', '.join(missing[:3])}; it is not of a {cfg.objective} language model")
-        for name, parameter in parameters.items():
-            parameter.data = state[name]  # the tensors themselves: no copy
-        return other.eval()
+        return _filled(folder, _empty(cfg, head), state)
     with torch.device("meta"):
-        model = Transformer(cfg)
+        model = _empty(cfg, head)
     model.load_state_dict(state, assign=True)  # the tensors themselves: no copy
-    if cfg.tie_embeddings:
+    if head is None and cfg.tie_embeddings:
+        assert isinstance(model, Transformer)
         model.head.weight = model.embed.weight
+    return model.eval()
+
+
+def _empty(cfg: ModelConfig | HfModelConfig, head: LabelHead | None) -> Network:
+    return build_network(cfg) if head is None else build_classifier(cfg, len(head.labels), head.per_token)
+
+
+@torch.no_grad()
+def _filled(folder: Path, model: Network, state: dict[str, Tensor]) -> Network:
+    """model with the values of state. Raises ValueError where one has none, or another shape."""
+    parameters = dict(model.named_parameters())
+    wrong = sorted(name for name, p in parameters.items() if name not in state or state[name].shape != p.shape)
+    if wrong:
+        has = tuple(state[wrong[0]].shape) if wrong[0] in state else "not there"
+        raise ValueError(
+            f"{folder}: {wrong[0]} is {has}, its {CONFIG} says {tuple(parameters[wrong[0]].shape)}; fetch or export the "
+            "folder again"
+        )
+    for name, parameter in parameters.items():
+        parameter.data = state[name]  # the tensors themselves: no copy
     return model.eval()
 
 

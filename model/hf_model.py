@@ -42,12 +42,15 @@ class HfModel(nn.Module):
 
     def __init__(self, cfg: HfModelConfig) -> None:
         super().__init__()
-        self.cfg = cfg
-        self.__dict__["theirs"] = build_unset(cfg)  # no child, as its name would stand before those of all parameters
-        for name, child in self.theirs.named_children():
-            self.add_module(name, child)
+        self._adopt(cfg, build_unset(cfg))
         self.head.__class__ = LossHead
         self.head.targets = None
+
+    def _adopt(self, cfg: HfModelConfig, theirs: nn.Module) -> None:
+        self.cfg = cfg
+        self.__dict__["theirs"] = theirs  # no child, as its name would stand before those of all parameters
+        for name, child in theirs.named_children():
+            self.add_module(name, child)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """tokens: (B, T) int64 with T <= cfg.seq_len; targets: (B, T) int64, -100 where a token does not count: of a masked
@@ -57,17 +60,21 @@ class HfModel(nn.Module):
         nothing attends to it. Returns logits (B, T, V); with targets, the sum of the cross-entropies in nats, fp32.
         Raises ValueError as Transformer.forward does.
         """
+        self.head.targets = targets
+        try:
+            return self._logits(tokens, documents)
+        finally:
+            self.head.targets = None
+
+    def _logits(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+        """What transformers' model gives."""
         check_length(tokens.shape[1], self.cfg.seq_len)
         places: dict[str, Tensor] = {}
         if documents is not None:
             check_documents(documents, tokens)
             places["position_ids"] = positions_in_documents(documents)
             places["attention_mask"] = self._mask(documents)
-        self.head.targets = targets
-        try:
-            out: Tensor = self.theirs(input_ids=tokens, **places).logits
-        finally:
-            self.head.targets = None
+        out: Tensor = self.theirs(input_ids=tokens, **places).logits
         return out
 
     def _mask(self, documents: Tensor) -> Tensor:
@@ -92,6 +99,11 @@ class HfModel(nn.Module):
     def _lists(self) -> Iterator[nn.ModuleList]:
         return (module for module in self.modules() if isinstance(module, nn.ModuleList))
 
+    def is_head(self, name: str) -> bool:
+        """Whether a weight of a model of this architecture, with whatever head, is of its head."""
+        body = f"{self.theirs.base_model_prefix}."
+        return not name.startswith(body) or name.startswith(f"{body}pooler.")
+
     def init_weights(self, seed: int) -> "HfModel":
         """As Transformer.init_weights."""
         fill(self, self.cfg, seed)
@@ -107,4 +119,34 @@ class HfModel(nn.Module):
         super()._apply(fn, recurse)
         if tied and self.head.weight is not self.embed.weight:
             self.theirs.tie_weights()
+        return self
+
+
+class HfClassifier(HfModel):
+    """The same with transformers' head for labels in place of the one for tokens, named as they name it.
+
+    A label of a text is read where the text begins, at [CLS], and is the same wherever it is asked for in the row.
+    """
+
+    def __init__(self, cfg: HfModelConfig, n_labels: int, per_token: bool) -> None:
+        nn.Module.__init__(self)
+        self.per_token = per_token
+        self._adopt(cfg, build_unset(cfg, n_labels, per_token))
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """tokens, documents: as HfModel.forward takes them, one text to a row. targets: (B, T), numbers of labels.
+
+        Returns logits (B, T, L); with targets, the sum of the cross-entropies in nats, fp32.
+        """
+        logits = self._logits(tokens, documents)
+        if not self.per_token:
+            logits = logits.unsqueeze(1).expand(-1, tokens.shape[1], -1)  # (B, L) -> (B, T, L)
+        if targets is None:
+            return logits
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HfClassifier":
+        nn.Module._apply(self, fn, recurse)  # nothing is tied
         return self

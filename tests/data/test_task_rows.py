@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.chat import ANSWERS, Conversation, Message, encode_conversations, open_template
-from data.classify import encode_examples
+from data.classify import encode_examples, frame_of
 from data.errors import DataError
 from data.examples import Example, Sentence
 from data.loader import IGNORE
@@ -354,3 +354,82 @@ def test_other_data_is_refused():
         same_data({"samples": 5, "examples": "x"}, {"examples": "y"})
     same_data({"samples": 5, "examples": "x"}, {"examples": "x"})
     assert json.dumps({"examples": rows.fingerprint()})
+
+
+# -- of a masked model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def word_piece(tmp_path_factory):
+    """A BERT's tokenizer, with its own template."""
+    words = [
+        "ada",
+        "wrote",
+        "to",
+        "mary",
+        "in",
+        "london",
+        "by",
+        "##ron",
+        "##s",
+        *"abcdefghijklmnopqrstuvwxyz",
+        "中",
+        "文",
+    ]
+    vocab = {word: at for at, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
+    vocab |= {f"[unused{at}]": at for at in range(len(vocab), 260)}
+    backend = Backend(models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
+    named = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    folder = tmp_path_factory.mktemp("word_piece") / "t"
+    PreTrainedTokenizerFast(tokenizer_object=backend, **named).save_pretrained(folder)
+    return load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_text_of_a_masked_model_has_its_label_at_cls(word_piece):
+    ours, theirs = word_piece
+    texts = ["Ada wrote to Mary", "Byrons 中文", "in"]
+    task = ClassifyTask(kind="classify", labels=["a", "b"], train=["-"], too_long="cut")
+    rows = encode_examples([Example(text, text, "b") for text in texts], ours, 5, task, frame_of(ours))
+    assert rows.notes == ["2 of 3 texts are cut at 5 tokens"]
+    for row, text in zip(rows.rows, texts, strict=True):
+        assert row.tokens.tolist() == theirs(text, truncation=True, max_length=5).input_ids
+        assert row.targets.tolist() == [1] + [IGNORE] * (len(row.tokens) - 1)
+    tokens, targets, documents = rows.batch([2, 0])
+    assert documents.tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]  # nothing attends to what fills a row up
+    assert (targets[0, 1:] == IGNORE).all()
+    assert tokens.shape == (2, 5)
+
+
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_words_of_a_masked_model_stand_where_transformers_has_them(word_piece, which):
+    ours, theirs = word_piece
+    words, tags = ["Ada", "Byrons", "中", "zzz", "\u200b", "London"], ["A", "B", "A", "B", "A", "B"]
+    task = TagTask(kind="tag", labels=["A", "B"], train=["-"], word_token=which)
+    rows = encode_sentences([Sentence("x", words, tags)], ours, 32, task, frame_of(ours))
+    expected = theirs(words, is_split_into_words=True)
+    (row,) = rows.rows
+    assert row.tokens.tolist() == expected.input_ids
+    of_word = expected.word_ids()
+    places = [[at for at, word in enumerate(of_word) if word == number] for number in range(len(words))]
+    targets = {at[0 if which == "first" else -1]: "AB".index(tag) for at, tag in zip(places, tags, strict=True) if at}
+    assert {at: target for at, target in enumerate(row.targets.tolist()) if target != IGNORE} == targets
+    assert rows.notes == ["1 words have no token in the run's tokenizer and are neither trained on nor scored"]
+
+
+def test_words_behind_the_cut_of_a_masked_model_have_no_target(word_piece):
+    ours, _ = word_piece
+    task = TagTask(kind="tag", labels=["A", "B"], train=["-"], too_long="cut")
+    rows = encode_sentences([Sentence("x", ["ada"] * 6, ["A"] * 6)], ours, 5, task, frame_of(ours))
+    assert rows.rows[0].targets.tolist() == [IGNORE, 0, 0, 0, IGNORE]
+    assert rows.rows[0].tokens[[0, -1]].tolist() == [ours.cls_id, ours.sep_id]
+    assert rows.notes == ["1 of 1 sentences are cut at 5 tokens; 3 words have no target"]
+    strict = task.model_copy(update={"too_long": "refuse"})
+    with pytest.raises(DataError, match="the text has 8 tokens, model.seq_len=5 is the longest"):
+        encode_sentences([Sentence("x", ["ada"] * 6, ["A"] * 6)], ours, 5, strict, frame_of(ours))
+
+
+def test_a_tokenizer_without_a_begin_is_of_no_masked_model(byte_level):
+    with pytest.raises(DataError, match="has no token that stands before a text of a masked model; name its cls_token"):
+        frame_of(byte_level())

@@ -279,6 +279,11 @@ class FinetuneConfig(RunConfig, frozen=True, extra="forbid", strict=True):
                 f"task.kind: got {kind}, and the model is of family hf and causal, for which there is no head here; begin "
                 "with a model of Longhaul's own decoder (export it, and name the folder), or with a masked one"
             )
+        if self.lora is not None and (added := self.data.tokenizer.add_tokens):
+            raise ValueError(
+                f"data.tokenizer.add_tokens: got {added} with lora, which would leave their rows at the mean of the others; "
+                "tune in full, or grow the vocabulary by launcher/import_hf.py or a full tuning first"
+            )
         return self
 
     @property

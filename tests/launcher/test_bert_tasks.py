@@ -174,6 +174,14 @@ def test_a_causal_model_of_family_hf_has_no_head_for_labels(bert, tmp_path):
         type(cfg).model_validate({**cfg.model_dump(mode="json"), "model": model})
 
 
+def test_a_model_of_family_hf_learns_no_preference(bert, tmp_path):
+    recipe = write_recipe(tmp_path, bert, {"kind": "preference", "train": ["pairs.jsonl"]})
+    with pytest.raises(
+        ConfigError, match="task.kind: got preference, and the model is of family hf; expected a run of"
+    ):
+        load_finetune_config(str(recipe), [])
+
+
 # -- real runs -------------------------------------------------------------------------------------------------------------
 
 

@@ -235,6 +235,14 @@ def test_a_section_that_cannot_be_used_is_refused(lora, message, origin, tmp_pat
     assert message in capsys.readouterr().err
 
 
+def test_tokens_whose_rows_would_not_be_trained_are_refused(origin, tmp_path):
+    recipe = with_lora(write_recipe(tmp_path, origin, TASK), rank=4)
+    with pytest.raises(
+        ConfigError, match=r"add_tokens: got \['<tool>'\] with lora, which would leave their rows at the mean"
+    ):
+        load_finetune_config(str(recipe), ["data.tokenizer.add_tokens=[<tool>]"])
+
+
 def test_a_pretraining_has_no_such_section(tmp_path):
     recipe = tmp_path / "pretrain.yaml"
     recipe.write_text("run: {name: x}\nmodel: {}\ntrain: {steps: 1, global_batch_size: 1}\nlora: {rank: 8}\n")

@@ -185,13 +185,18 @@ def bert(folder):
     (folder / "config.json").write_text('{"model_type": "bert"}')
 
 
+def t5(folder):
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda f: (f / "config.json").unlink(), r"config.json: \[Errno 2\] No such file"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: Expecting property name"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json: 'list' object has no attribute 'get'"),
-        (bert, "config.json: model_type 'bert' has no equal here; expected gpt2, llama, qwen3"),
+        (t5, "config.json: model_type 't5' has no equal here; expected gpt2, llama, qwen3, bert"),
+        (bert, r"its weights do not match its config: missing (bert\.\S+, ){2}bert\.\S+ and \d+ more, unexpected"),
         (lambda f: (f / WEIGHTS).write_bytes(b"short"), "model.safetensors cannot be read: .*; fetch or export"),
         (lambda f: (f / WEIGHTS).unlink(), r"has neither model.safetensors nor model.safetensors.index.json$"),
         (

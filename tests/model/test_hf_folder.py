@@ -181,8 +181,8 @@ def test_a_model_without_an_equal_is_refused():
         plan_files(cfg, torch.float32, 1)
 
 
-def bert(folder):
-    (folder / "config.json").write_text('{"model_type": "bert"}')
+def another(folder, kind):
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
 
 
 def t5(folder):
@@ -195,8 +195,11 @@ def t5(folder):
         (lambda f: (f / "config.json").unlink(), r"config.json: \[Errno 2\] No such file"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: Expecting property name"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json: 'list' object has no attribute 'get'"),
-        (t5, "config.json: model_type 't5' has no equal here; expected gpt2, llama, qwen3, bert"),
-        (bert, r"its weights do not match its config: missing (bert\.\S+, ){2}bert\.\S+ and \d+ more, unexpected"),
+        (lambda f: another(f, "roberta"), "model_type 'roberta' has no equal here; expected gpt2, llama, qwen3, bert"),
+        (
+            lambda f: another(f, "bert"),
+            r"its weights do not match its config: missing (bert\.\S+, ){2}bert\.\S+ and \d+ more, unexpected",
+        ),
         (lambda f: (f / WEIGHTS).write_bytes(b"short"), "model.safetensors cannot be read: .*; fetch or export"),
         (lambda f: (f / WEIGHTS).unlink(), r"has neither model.safetensors nor model.safetensors.index.json$"),
         (

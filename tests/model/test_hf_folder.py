@@ -185,10 +185,6 @@ def another(folder, kind):
     (folder / "config.json").write_text(json.dumps({"model_type": kind}))
 
 
-def t5(folder):
-    (folder / "config.json").write_text('{"model_type": "t5"}')
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

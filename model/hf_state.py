@@ -1,7 +1,7 @@
 """The tensors of a Hugging Face folder under the names of model/hf_model.py's parameters, whatever head they came with."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ def state_of(model: HfModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     body = {name: tuple(tensor.shape) for name, tensor in given.items() if not model.is_head(name)}
     if shapes.keys() != body.keys():
         raise ValueError(
-            f"its weights do not match its config: missing {sorted(shapes.keys() - body.keys())}, unexpected "
-            f"{sorted(body.keys() - shapes.keys())}; fetch or export the folder again"
+            f"its weights do not match its config: missing {_some(shapes.keys() - body.keys())}, unexpected "
+            f"{_some(body.keys() - shapes.keys())}; fetch or export the folder again"
         )
     if other := sorted(name for name in shapes if shapes[name] != body[name]):
         raise ValueError(
@@ -44,6 +44,11 @@ def state_of(model: HfModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             "folder again"
         )
     return given
+
+
+def _some(names: Set[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(sorted(names)[:3]) or 'none'}{more}"
 
 
 def _tied(model: HfModel) -> dict[str, str]:

@@ -75,7 +75,12 @@ def pretrain(args: argparse.Namespace, name: str, steps: int, lr: float, own_tex
             "tokenizer": {"vocab_size": args.vocab_size, "character_coverage": args.coverage},
             "valid_fraction": 0.01,
         },
-        "optim": {"lr": lr, "warmup_steps": min(30, steps - 1), "schedule": "wsd", "decay_steps": max(1, (steps - 1) // 4)},
+        "optim": {
+            "lr": lr,
+            "warmup_steps": min(30, steps - 1),
+            "schedule": "wsd",
+            "decay_steps": max(1, (steps - 1) // 4),
+        },
         "parallel": {"precision": "fp32"},
         "train": {"steps": steps, "tokens_per_step": 4096, "micro_batch_size": 16},
         "checkpoint": {"every": steps, "keep": 1},

@@ -1,9 +1,9 @@
 """LoRA against full tuning: parameters trained, checkpoint bytes and accuracy on SST-2; peak memory on a larger model.
 
-    python tests/benchmarks/lora.py --train sst2-train.tsv --valid sst2-dev.tsv --text 'wikitext2-*.txt' --work DIR
+    python tests/benchmarks/lora.py --train sst2-train.tsv --valid sst2-dev.tsv --origin RUN --work DIR
 
-Accuracy is of the small model of finetune.py, pretrained as there or given by --origin, after the last step: the mean and
-the range over seeds. Memory is the largest resident size of a process that tunes a Llama of 60M drawn weights in bf16 for
+Accuracy is of a small model, the run that finetune.py leaves in DIR/runs/pretrained, after the last step: the mean and the
+range over seeds. Memory is the largest resident size of a process that tunes a Llama of 60M drawn weights in bf16 for
 a few steps, its first checkpoint included, beside that of one which tunes the small model: the difference is what the
 larger model costs.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune import command, pretrain, read
+from finetune import command
 from launcher import export
 from launcher.run_dir import Ledger
 
@@ -74,25 +74,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True, help="TSV without names: text, label 0 or 1")
     parser.add_argument("--valid", required=True)
-    parser.add_argument("--text", action="append", default=[], help="to pretrain on")
-    parser.add_argument("--origin", type=Path, help="a run to begin with, in the place of one that is pretrained here")
+    parser.add_argument("--origin", type=Path, required=True, help="the run to begin with")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--pretrain-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, default=250, help="of each tuning")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--lora-lr", type=float, default=5e-3)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    assert sorted(set(read(args.train)[1])) == ["0", "1"]
-    origin = args.origin or pretrain(args, "pretrained", args.pretrain_steps, 4e-3)
-    large = make_large(args, origin)
+    large = make_large(args, args.origin)
     print("| | trained | of | checkpoint, MB | accuracy | 60M: trained | checkpoint, MB | peak memory, GiB |")
     print("|---|---|---|---|---|---|---|---|")
     for way, lora in WAYS.items():
         name = way.replace(" ", "-")
         big = facts(tune(args, f"{name}-60M", large, lora, 0, 3))
-        small = [facts(tune(args, name, origin, lora, seed, args.steps)) for seed in range(args.seeds)]
+        small = [facts(tune(args, name, args.origin, lora, seed, args.steps)) for seed in range(args.seeds)]
         scores = [found["accuracy"] for found in small]
         print(
             f"| {way} | {small[0]['trained']:,} | {small[0]['parameters']:,} | {small[0]['checkpoint_mb']:.1f} | "

@@ -245,8 +245,9 @@ def _options(cfg: DataConfig, chosen: Tokenizer | None) -> dict[str, Any]:
         for source in cfg.sources
     }
     del options["tokenizer"]["bulk"]  # the ids are the same
-    if options["tokenizer"]["mask_token"] is None:
-        del options["tokenizer"]["mask_token"]  # as in corpora that were prepared before it was a key
+    for key in ("mask_token", "add_tokens"):  # as in corpora that were prepared before these were keys
+        if options["tokenizer"][key] is None:
+            del options["tokenizer"][key]
     if chosen is not None:
         options["tokenizer"] = {"vocab_size": chosen.vocab_size, "fingerprint": chosen.fingerprint}
     return options

@@ -67,7 +67,7 @@ class TokenizerConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     eos_token: str | None = None  # huggingface: the token that ends a document, where its own config names none
     mask_token: str | None = None  # to train SentencePiece with, for masked models: a token that no text has, "[MASK]"
     # tokens that the one at path gets besides, each found wherever a text has it, such as <tool>; vocab_size counts them
-    add_tokens: list[Annotated[str, Field(min_length=1)]] = []
+    add_tokens: list[Annotated[str, Field(min_length=1)]] | None = None
     bulk: Bulk = "auto"  # auto: encode with gigatoken where its ids are proved equal; reference: never
 
     @model_validator(mode="after")
@@ -76,8 +76,8 @@ class TokenizerConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError("kind huggingface needs path, the folder with its tokenizer.json; nothing is trained")
         if self.add_tokens and self.path is None:
             raise ValueError(f"add_tokens={self.add_tokens} is for an existing tokenizer, path; one is trained here")
-        wrong = [token for token in self.add_tokens if token != token.strip() or _SPACE_MARK in token]
-        wrong += [token for token in self.add_tokens if self.add_tokens.count(token) > 1]
+        added = self.add_tokens or []
+        wrong = [token for token in added if token != token.strip() or _SPACE_MARK in token or added.count(token) > 1]
         if wrong:
             raise ValueError(
                 f"add_tokens has {wrong[0]!r}; expected each token once, without spaces around it and without U+2581"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from data.loader import IGNORE, StepBatch
@@ -93,6 +94,8 @@ def tell(
     losses: of this rank's micro-batches, sums over their targets.
     """
     counts = (batch.targets != IGNORE).sum(dim=(1, 2)).clamp(min=1)
+    if batch.reference is not None:  # the losses are of pairs
+        counts = torch.full_like(counts, batch.tokens.shape[1])
     means = [float(loss) / int(n) for loss, n in zip(losses, counts, strict=True)]
     where = [a for a, mean in enumerate(means) if not math.isfinite(mean)]
     told = mesh.gather((len(where), max(means, default=0.0)))

@@ -363,6 +363,8 @@ def validate(raw: dict[str, Any], where: str) -> RunConfig:
 def _explain(item: Any, kind: type[RunConfig]) -> list[str]:
     """One pydantic error as `key: got VALUE; EXPECTED`."""
     loc = [str(part) for part in item["loc"]]
+    if loc[:1] == ["task"] and len(loc) > 2:
+        del loc[1]  # the kind, which no recipe has there
     key = ".".join(loc)
     if item["type"] == "extra_forbidden":
         never = "; code that comes with a dataset, a tokenizer or a model is never run"
@@ -384,10 +386,12 @@ def _shown(loc: list[str], value: Any) -> str:
 
 def _suggest(loc: list[str], kind: type[RunConfig]) -> str:
     known = _keys_at(kind, loc[:-1])
-    match = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
+    match = difflib.get_close_matches(loc[-1], [key for key in known if key != loc[-1]], n=1, cutoff=0.5)
+    if loc[-1] in known:  # of another kind of this section, which is not the recipe's
+        return f"; it is a key of another {'.'.join(loc[:-1])} than this one"
     if match:
         return f"; did you mean {'.'.join([*loc[:-1], match[0]])}?"
-    elsewhere = [f"{s}.{loc[-1]}" for s in kind.model_fields if loc[-1] in _keys_at(kind, [s])]
+    elsewhere = [f"{s}.{loc[-1]}" for s in kind.model_fields if [s] != loc[:1] and loc[-1] in _keys_at(kind, [s])]
     return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(known) or 'none'}"
 
 

@@ -34,8 +34,10 @@ def on_examples(trained: Trained, cfg: FinetuneConfig, paths: list[str], batch: 
     assert trained.checkpoint is not None
     rows = encode_task(task, examples, trained.tokenizer, trained.model.cfg)
     if isinstance(task, PreferenceTask):
-        rows.reference = read(trained.checkpoint.run_dir, trained.checkpoint.reader.manifest.cursor).get("valid")
-        if rows.reference is None or len(rows.reference) != len(rows.rows):
+        rows.reference = read(trained.checkpoint.run_dir, trained.checkpoint.reader.manifest.cursor).get(
+            rows.fingerprint()
+        )
+        if rows.reference is None:
             raise ValueError("the held-out pairs are not those of the run; restore the files of the task section")
     device = trained.model.embed.weight.device
     with torch.inference_mode():

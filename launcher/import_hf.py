@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from data.errors import DataError
@@ -26,6 +27,7 @@ from launcher.origin import (
     GrownOrigin,
     Origin,
     grown_as_asked,
+    match_model,
     open_origin,
     put_in_model,
     tokenizer_section,
@@ -33,6 +35,7 @@ from launcher.origin import (
 from launcher.redaction import hide
 from launcher.run_dir import Ledger
 from launcher.staging import StagingError, check_absent, staging_for
+from launcher.trained import build_plain
 from model.hf_folder import CONFIG, is_hf_folder
 from parallel.checkpoint import Manifest
 from parallel.step_zero import write_step_zero
@@ -75,23 +78,31 @@ def load_import_config(path: str, overrides: list[str], opened: FolderOrigin) ->
     return validate(raw, path), origin
 
 
-def import_folder(opened: Origin, cfg: RunConfig, place: str) -> None:
+def shapes_of(opened: Origin, cfg: RunConfig) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """(weights that the run has, the folder's that it has no place for). Raises ConfigError."""
+    with torch.device("meta"):
+        model = build_plain(cfg)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return shapes, match_model(model, shapes, opened)[1]
+
+
+def import_folder(opened: Origin, shapes: dict[str, tuple[int, ...]], cfg: RunConfig, place: str) -> None:
     """Write the run's folder. Raises StagingError where it cannot be, ValueError for weights that are not finite."""
-    n_bytes = sum(4 * math.prod(shape) for shape in opened.shapes.values())
+    n_bytes = sum(4 * math.prod(shape) for shape in shapes.values())
     with staging_for(cfg.run_dir, n_bytes + SLACK_BYTES, "import", CHOOSE) as staging:
         opened.tokenizer.save(staging / "tokenizer")
-        write_step_zero(staging / "checkpoints", manifest_of(opened, cfg), weights_of(opened))
+        write_step_zero(staging / "checkpoints", manifest_of(shapes, cfg), weights_of(opened, shapes))
         (staging / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
         Ledger(staging).add("imported", step=0, place=place, digest=opened.digest)
 
 
-def manifest_of(opened: Origin, cfg: RunConfig) -> Manifest:
+def manifest_of(shapes: dict[str, tuple[int, ...]], cfg: RunConfig) -> Manifest:
     return Manifest(
         step=0,
         adam_steps=0,
         world_size=1,
         zero_stage=0,
-        shapes={name: list(shape) for name, shape in opened.shapes.items()},
+        shapes={name: list(shape) for name, shape in shapes.items()},
         files={},
         cursor={},
         config=cfg.model_dump(mode="json"),
@@ -100,8 +111,8 @@ def manifest_of(opened: Origin, cfg: RunConfig) -> Manifest:
     )
 
 
-def weights_of(opened: Origin) -> Iterator[tuple[str, Tensor]]:
-    for name, shape in opened.shapes.items():
+def weights_of(opened: Origin, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    for name, shape in shapes.items():
         yield name, opened.read(name, 0, math.prod(shape))
 
 
@@ -111,7 +122,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         description="Make a run of a Hugging Face folder, to go on pretraining from.",
         epilog="example: python launcher/import_hf.py exports/embedded --config more.yaml run.name=more",
     )
-    parser.add_argument("folder", help=f"of a GPT-2, Llama or Qwen3, or {HUB}ORG/NAME")
+    parser.add_argument("folder", help=f"of a GPT-2, Llama, Qwen3, BERT, DistilBERT or ELECTRA, or {HUB}ORG/NAME")
     parser.add_argument("--config", required=True, help="recipe of a pretraining, without a model section")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     return parser.parse_intermixed_args(argv)
@@ -122,17 +133,20 @@ def main(argv: list[str]) -> int:
     try:
         cfg, origin = load_import_config(args.config, args.overrides, open_folder(args.folder))
         check_absent(cfg.run_dir, CHOOSE)
-        import_folder(origin, cfg, args.folder)
+        shapes, dropped = shapes_of(origin, cfg)
+        import_folder(origin, shapes, cfg, args.folder)
     except (ConfigError, DataError, StagingError, ValueError) as error:
         print(hide(f"import_hf: {error}"), file=sys.stderr)
         return 2
     except OSError as error:
         print(hide(f"import_hf: {error}"), file=sys.stderr)
         return 1
-    recipe, n = cfg.run_dir / "config.yaml", sum(map(math.prod, origin.shapes.values()))
+    recipe, n = cfg.run_dir / "config.yaml", sum(map(math.prod, shapes.values()))
     print(f"{cfg.run_dir}: {n:,} parameters of {args.folder} as step 0")
     if isinstance(origin, GrownOrigin):
         print(origin.told())
+    if dropped:
+        print(f"  dropped: {', '.join(f'{name} {origin.shapes[name]}' for name in dropped)}")
     print(f"  prepare its text  python launcher/prepare.py --config {recipe}")
     print(f"  go on from it     deepspeed launcher/pretrain.py --config {recipe}")
     return 0

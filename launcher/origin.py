@@ -40,6 +40,7 @@ from model.hf_folder import CONFIG, fetch, is_hf_folder, read_config, read_state
 from model.hf_model import HfClassifier, HfModel
 from model.init import initial_values
 from model.lora import LoraError, import_peft, is_adapter, plain_name, targets_of
+from model.network import Network
 from parallel.checkpoint import CheckpointError, body_hash, faults_together, file_hash
 
 if TYPE_CHECKING:
@@ -461,17 +462,21 @@ def origin_weights(cfg: FinetuneConfig, mesh: "Mesh") -> Initial:
     with torch.device("meta"):
         model, whole = build_plain(cfg), build_model(cfg)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    if isinstance(model, HfClassifier):
-        new, dropped = match(shapes, opened, model.is_head, model.is_head)
-    elif isinstance(model, HfModel):
-        new, dropped = match(shapes, opened, lambda name: False, model.is_head)
-    else:
-        new, dropped = match(shapes, opened)
+    new, dropped = match_model(model, shapes, opened)
     lines = _told(shapes, opened, new, dropped)
     if (lora := lora_of(cfg)) is not None:
         n_adapters = sum(is_adapter(name) for name, _ in whole.named_parameters())
         lines.append(f"  new beside them: {n_adapters} matrices of LoRA, rank {lora.rank}, that add 0 as yet")
     return Initial(_reader(cfg, opened, new), tuple(lines))
+
+
+def match_model(model: Network, shapes: dict[str, tuple[int, ...]], origin: Origin) -> tuple[list[str], list[str]]:
+    """As match, with the heads that this model may have new or its origin may lose."""
+    if isinstance(model, HfClassifier):
+        return match(shapes, origin, model.is_head, model.is_head)
+    if isinstance(model, HfModel):
+        return match(shapes, origin, lambda name: False, model.is_head)
+    return match(shapes, origin)
 
 
 def match(
@@ -492,7 +497,7 @@ def match(
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ConfigError(
-            f"{origin} is not of the model that this task needs: {'; '.join(wrong[:3])}{more}. A head for labels begins new "
+            f"{origin} is not of the model that is needed here: {'; '.join(wrong[:3])}{more}. A head for labels begins new "
             "from a language model, or from one with the same labels; nothing else may be missing"
         )
     return new, dropped

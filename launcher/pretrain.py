@@ -98,7 +98,7 @@ def train(
     watch.enter("start-up", 0)
     start = configure_logging(cfg, mesh, ledger)
     progress, cursor = resume(cfg, engine, initial)
-    data.begin(cfg, engine, cursor)
+    data.begin(cfg, engine, cursor, lambda: watch.enter("start-up", 0))
     loader = data.loader(cfg, mesh, cursor)
     reads = ReadLog(cfg.run_dir, start, mesh.dp_rank)
     metrics = MetricsLog(cfg.run_dir, progress.step) if mesh.rank == 0 else None

@@ -1,10 +1,12 @@
 """What the model that a preference tuning began with makes of the pairs: log-probabilities, computed once and kept.
 
 So a run needs its origin no more once it has begun. runs/NAME/reference.safetensors holds them for the pairs trained on and
-those held out, (n, 2) fp32, in the order of the rows; the data's cursor in every checkpoint has the hash of the file.
+those held out, (n, 2) fp32 in the order of the rows, by the fingerprint of these; the data's cursor in every checkpoint has
+the hash of the file.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +25,15 @@ if TYPE_CHECKING:
 FILE = "reference.safetensors"
 
 
-def compute(engine: "Engine", rows: RowSet, batch_size: int) -> Tensor:
-    """(n, 2) fp32, the same on every rank, by the engine's model as it is. All ranks call it."""
+def compute(engine: "Engine", rows: RowSet, batch_size: int, enter: Callable[[], None]) -> Tensor:
+    """(n, 2) fp32, the same on every rank, by the engine's model as it is. All ranks call it.
+
+    enter: called before each forward pass.
+    """
     mesh, mine = engine.mesh, list[tuple[int, float, float]]()
     with engine.evaluating() as model:
         for numbers, batch in eval_rows(rows, batch_size, mesh.dp_rank, mesh.dp_size):
+            enter()
             pairs = model(*(part.to(mesh.device) for part in batch if part is not None)).cpu().tolist()
             mine += [(number, *pair) for number, pair in zip(numbers, pairs, strict=False)]
     found = torch.empty(len(rows.rows), 2)

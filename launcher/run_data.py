@@ -4,7 +4,7 @@ A run reads a prepared corpus, or with data.stream raw text. The train loop sees
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,13 @@ class RunData(ABC):
     def loader(self, cfg: RunConfig, mesh: Mesh, cursor: dict[str, Any] | None) -> AnyLoader:
         """The batches of this rank from the cursor on, from the beginning without one."""
 
-    def begin(self, cfg: RunConfig, engine: Engine, cursor: dict[str, Any] | None) -> None:  # noqa: B027  (mostly nothing)
-        """What the data needs of the model before the loader is asked for; cursor None: before its first step."""
+    def begin(  # noqa: B027  (mostly nothing)
+        self, cfg: RunConfig, engine: Engine, cursor: dict[str, Any] | None, enter: Callable[[], None]
+    ) -> None:
+        """What the data needs of the model before the loader is asked for; cursor None: before its first step.
+
+        enter: called before each forward pass.
+        """
 
     @abstractmethod
     def shares(self, sample: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What a fine-tuning for a task reads: labelled texts or conversations, as batches with an order and a cursor."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from data.config import DataConfig, SkipConfig
@@ -93,20 +93,23 @@ class TaskData(RunData):
             left_out=self._left_out,
         )
 
-    def begin(self, cfg: RunConfig, engine: Engine, cursor: dict[str, Any] | None) -> None:
+    def begin(self, cfg: RunConfig, engine: Engine, cursor: dict[str, Any] | None, enter: Callable[[], None]) -> None:
         """Give the rows of pairs their reference: of the model as it is, before its first step; else as it was kept."""
         if not isinstance(self.task, PreferenceTask):
             return
         sets = {"train": self.rows} | ({} if self.held_out is None else {"valid": self.held_out})
         if cursor is None:
-            found = {name: reference.compute(engine, rows, cfg.train.micro_batch_size) for name, rows in sets.items()}
+            found = {
+                rows.fingerprint(): reference.compute(engine, rows, cfg.train.micro_batch_size, enter)
+                for rows in sets.values()
+            }
             digest = engine.mesh.broadcast(reference.keep(cfg.run_dir, found) if engine.mesh.rank == 0 else None)
         else:
             found, digest = reference.read(cfg.run_dir, cursor), cursor["reference"]
         for name, rows in sets.items():
-            if name not in found or len(found[name]) != len(rows.rows):
+            if (fingerprint := rows.fingerprint()) not in found:
                 raise DataError(f"{cfg.run_dir / reference.FILE} is not of these {name} pairs; restore task.{name}")
-            rows.reference = found[name]
+            rows.reference = found[fingerprint]
         self._identity["reference"] = digest
 
     def shares(self, sample: int) -> dict[str, float]:

@@ -343,9 +343,11 @@ def can_be_audited(cfg: RunConfig) -> bool:
 def of_random_numbers(cfg: RunConfig) -> str:
     """What is proved about them, and by what."""
     seeded = "dropout is drawn from seed, step and rank alone, there is no other generator to keep"
-    if cfg.model.dropout == 0:
-        return f"{seeded}; here model.dropout=0.0, so no step draws any and none were compared"
-    return f"{seeded}; with model.dropout={cfg.model.dropout} other ones would show in the losses"
+    lora = cfg.lora if isinstance(cfg, FinetuneConfig) else None
+    probability = max(cfg.model.dropout, lora.dropout if lora is not None else 0.0)
+    if probability == 0:
+        return f"{seeded}; here dropout=0.0, so no step draws any and none were compared"
+    return f"{seeded}; with dropout={probability} other ones would show in the losses"
 
 
 # -- the command --------------------------------------------------------------------------------------------------------

@@ -43,8 +43,9 @@ _OURS = {
     "eos_token_id": "the tokenizer",
 }
 # What a model would become with these is not what this family trains.
-_REFUSED = ("is_decoder", "add_cross_attention", "chunk_size_feed_forward", "quantization_config", "auto_map",
-            "trust_remote_code", "is_encoder_decoder", "problem_type", "id2label", "label2id", "num_labels")  # fmt: skip
+_REFUSED = ("sinusoidal_pos_embds", "is_decoder", "add_cross_attention", "chunk_size_feed_forward",
+            "quantization_config", "auto_map", "trust_remote_code", "is_encoder_decoder", "problem_type",
+            "id2label", "label2id", "num_labels")  # fmt: skip
 _LABELS = ("problem_type", "id2label", "label2id", "num_labels")  # of a head, which a folder may have
 _OF_HEADS = ("classifier_dropout", "qa_dropout", "seq_classif_dropout", "summary_first_dropout", "summary_last_dropout")
 _NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path", "model_type", "use_cache", "return_dict",
@@ -207,6 +208,12 @@ def _counts(cfg_json: str) -> tuple[int, int]:
         raise ValueError(
             f"transformers cannot build the model of model.config: {' '.join(str(error).split())}"
         ) from None
+    if empty := [name for name, parameter in model.named_parameters() if not parameter.numel()]:
+        raise ValueError(
+            f"model.config leaves {empty[0]} without an element; make the size that it follows from larger"
+        )
+    if not cfg.n_layers:
+        raise ValueError("model.config has no layers; give num_hidden_layers or its like at least 1")
     parameters, head = list(model.parameters()), model.get_output_embeddings().weight
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = sum(p.numel() for p in parameters if p.ndim == 2 and id(p) not in looked_up | {id(head)})

@@ -673,6 +673,11 @@ def test_other_options_are_refused(copy, place, done, change, match):
     assert contents(copy) == before
 
 
+def test_a_corpus_from_before_a_key_is_the_same(copy, place):
+    """Corpora begun with version 0.1.0 know neither of these; what is asked for by nobody is no other option."""
+    assert not {"mask_token", "add_tokens"} & module._options(mixture(copy, place), None)["tokenizer"].keys()
+
+
 def test_what_a_run_chooses_is_not_refused(finished, place, copy):
     """Weights, packing, the number of workers, and what to do about malformed documents."""
     cfg = mixture(copy, place, workers=1, packing="best_fit", on_bad="skip", max_bad=1, tokenizer__bulk="reference")

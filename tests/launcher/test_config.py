@@ -10,6 +10,7 @@ import yaml
 
 from launcher.config import ConfigError, OriginConfig, contradictions, load_config, to_yaml
 from launcher.origin import load_finetune_config
+from launcher.run_dir import refuse_other_config
 from launcher.trained import build_model
 from model.network import build_network
 from parallel.deepspeed_config import check_passthrough
@@ -317,3 +318,15 @@ def test_a_resumed_run_may_change_where_it_runs_and_not_what_it_computes(recipe)
 
 def test_the_saved_config_is_plain_yaml(recipe):
     assert yaml.safe_load(to_yaml(load_config(recipe, [])))["optim"]["lr"] == 0.0003
+
+
+def test_a_run_from_before_a_key_goes_on(tmp_path):
+    """Its config.yaml has none of the keys that came since; nobody asked for what they say."""
+    cfg = load_config("configs/embedded.yaml", [f"run.folder={tmp_path}"])
+    saved = cfg.model_dump(mode="json")
+    for key in ("mask_token", "add_tokens"):
+        del saved["data"]["tokenizer"][key]
+    del saved["data"]["masking"]
+    cfg.run_dir.mkdir()
+    (cfg.run_dir / "config.yaml").write_text(yaml.safe_dump(saved))
+    refuse_other_config(cfg, [])

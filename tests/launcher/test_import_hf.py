@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from task_runs import make_bert
+from transformers import AutoModelForCausalLM, BertForMaskedLM, BertForPreTraining, BertModel
 
 from exports import contents, make_run
 from launcher import evaluate, export, import_hf, prepare, pretrain
@@ -30,6 +31,7 @@ train: {{steps: 4, global_batch_size: 4, micro_batch_size: 2}}
 log: {{every: 1}}
 eval: {{every: 4, windows: 4}}
 """
+TEXTS = ["to be or not to be , that is the question", "the rest is silence"] * 20
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,23 @@ def refused(recipe, tmp_path, capsys):
 def bring_in(folder, recipe, *overrides):
     assert import_hf.main([str(folder), "--config", str(recipe), *overrides]) == 0
     return recipe.parent / "runs/more"
+
+
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForPreTraining])
+def test_a_masked_model_comes_in_without_its_other_heads(kind, recipe, tmp_path, capsys):
+    folder = make_bert(tmp_path / "bert", TEXTS, kind)
+    run_dir = bring_in(folder, recipe, "data.masking={}")
+    told = capsys.readouterr().out
+    assert ("dropped: bert.pooler.dense.bias" in told) == (kind is BertForPreTraining)
+    weights = load_file(folder / "model.safetensors")
+    model = open_checkpoint(run_dir, None).model()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+
+
+def test_a_masked_model_without_its_head_is_refused(refused, tmp_path):
+    folder = make_bert(tmp_path / "bert", TEXTS, BertModel)
+    assert "cls.predictions.bias has no value in it" in refused(folder, "data.masking={}")
 
 
 # -- what comes in goes out ------------------------------------------------------------------------------------------------
@@ -157,7 +176,7 @@ def test_its_vocabulary_grows_where_the_recipe_adds_tokens(folders, recipe, caps
     assert "grown: rows 512 to 512 of embed.weight and head.weight are the mean" in capsys.readouterr().out
     found = open_checkpoint(run_dir, 0)
     assert found.cfg.model.vocab_size == found.tokenizer().vocab_size == 513
-    assert found.cfg.data.tokenizer.add_tokens == []  # the run's own tokenizer has them
+    assert found.cfg.data.tokenizer.add_tokens is None  # the run's own tokenizer has them
     for name in ("embed.weight", "head.weight"):
         rows = found.reader.tensor(name)
         assert torch.allclose(rows[512], rows[:512].mean(0), rtol=0, atol=1e-6)

@@ -28,8 +28,8 @@ def origin(tmp_path_factory):
 
 @pytest.fixture
 def recipe(origin, tmp_path):
-    file = write_lines(tmp_path / "p.jsonl", PAIRS)
-    task = {"kind": "preference", "train": [file], "valid": [file], "beta": 0.5}
+    files = [write_lines(tmp_path / f"{name}.jsonl", PAIRS) for name in ("p", "v")]
+    task = {"kind": "preference", "train": files[:1], "valid": files[1:], "beta": 0.5}
     path = write_recipe(tmp_path, origin, task, steps=8, global_batch_size=4, micro_batch_size=2)
     path.write_text(path.read_text().replace("\ninit:", "\nmodel: {seq_len: 128}\ninit:"))
     return path
@@ -66,6 +66,13 @@ def test_the_better_answer_becomes_the_likelier_one(origin, recipe, tmp_path, ca
     assert "a preference is scored against the model that the tuning began with" in capsys.readouterr().err
     assert export.main([str(run_dir), "--output", str(tmp_path / "out")]) == 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    write_lines(tmp_path / "v.jsonl", PAIRS)
+    assert evaluate.main([str(run_dir), "--json"]) == 0
+    others = [pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in PAIRS]
+    write_lines(tmp_path / "v.jsonl", others)
+    capsys.readouterr()
+    assert evaluate.main([str(run_dir), "--json"]) == 2  # as many, and not those that the reference is of
+    assert "the held-out pairs are not those of the run; restore the files" in capsys.readouterr().err
     (run_dir / FILE).write_bytes(before[:-1] + b"x")
     text = run(tune(1, "--config", recipe, "--allow-change", "train.steps", "train.steps=9"), tmp_path / "log3", code=1)
     assert "what the model made of the pairs before its first step, cannot be used: its xxh3 is" in text
@@ -107,7 +114,7 @@ def test_bad_pairs_are_refused_before_anything_is_started(change, message, recip
 
 def test_a_missing_field_and_a_beta_of_nothing_are_refused(recipe, tmp_path, capsys):
     assert pretrain.main(["--config", str(recipe), "task.beta=0.0"], FINETUNE) == 2
-    assert "task.preference.beta: got 0.0" in capsys.readouterr().err
+    assert "task.beta: got 0.0" in capsys.readouterr().err
     write_lines(tmp_path / "p.jsonl", [{"prompt": "x", "chosen": "y"}])
     with pytest.raises(RecordError, match="there is no field 'rejected'"):
         read_pairs(PreferenceTask(kind="preference", train=["-"]), [str(tmp_path / "p.jsonl")])

@@ -235,8 +235,8 @@ def test_bad_conversations_are_refused_before_anything_is_started(origin, tmp_pa
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("task.labels=[a]", "task.classify.labels"),
-        ("task.lables=[a]", "task.classify.lables: no such key; did you mean task.classify.labels?"),
+        ("task.labels=[a]", "task.labels"),
+        ("task.lables=[a]", "task.lables: no such key; did you mean task.labels?"),
         (
             "task.valid_fraction=1e-9",
             "of 12 examples leaves 12 to train on and 0 held out; use another fraction or more",
@@ -244,7 +244,7 @@ def test_bad_conversations_are_refused_before_anything_is_started(origin, tmp_pa
         ("data.skip=[{samples: [0, 1]}]", "data.skip: set, and without effect on task.kind=classify, which reads"),
         ("eval.windows=3", "eval.windows: set, and without effect on task.kind=classify"),
         ("eval.keep_best=valid/f2", "eval.keep_best=valid/f2 is nothing that this run measures; it measures"),
-        ("task.template=plain", "task.classify.template: no such key"),
+        ("task.template=plain", "task.template: no such key; it is a key of another task than this one"),
     ],
 )
 def test_options_that_cannot_be_are_refused(origin, tmp_path, refused, override, message):

@@ -77,7 +77,7 @@ def test_two_ranks_of_a_recipe_with_dropout_are_equal(corpus, tmp_path, scratch,
     assert text.count(f"{STEPS} steps read 64 samples, each once, none lost") == 2
     assert "loss/train, optim/grad_norm, optim/lr" in text
     assert "loss/valid, loss/valid_bits_per_byte, loss/valid_perplexity, to the last digit" in text
-    assert "with model.dropout=0.1 other ones would show in the losses" in text
+    assert "with dropout=0.1 other ones would show in the losses" in text
     for name in ("weights", "first moments", "second moments"):
         assert re.search(rf"{name} +equal +21 tensors, 51,360 numbers, to the last bit", text)
     assert "none compared" not in text

@@ -189,6 +189,8 @@ def test_a_folders_config_comes_back(cfg):
     ("change", "message"),
     [
         ({"hiden_size": 3}, "model.config.hiden_size: transformers' bert has no such key; did you mean hidden_size"),
+        ({"type_vocab_size": 0}, "model.config leaves bert.embeddings.token_type_embeddings.weight without an element"),
+        ({"num_hidden_layers": 0}, "model.config has no layers; give num_hidden_layers"),
         ({"zzz": 3}, "model.config.zzz: transformers' bert has no such key; known are .*hidden_size"),
         ({"vocab_size": 3}, "model.config.vocab_size: got 3; it is said by model.vocab_size"),
         ({"max_position_embeddings": 9}, "model.config.max_position_embeddings: got 9; it is said by model.seq_len"),

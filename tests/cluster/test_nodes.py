@@ -43,6 +43,7 @@ def ranks_of_checkpoints(run_dir: Path) -> list[int]:
     return [len(list(path.glob("rank-*.safetensors"))) for path in sorted((run_dir / "checkpoints").glob("step-*"))]
 
 
+@pytest.mark.long
 @pytest.mark.fault(29, 39)
 def test_a_node_that_is_drained_and_then_down(cluster, undisturbed, corpus, tmp_path):
     """Draining disturbs nothing; when the node is down the job goes on with the other, which reads the state of both."""

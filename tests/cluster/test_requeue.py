@@ -95,6 +95,7 @@ def test_scancel_saves_and_is_obeyed(cluster, undisturbed, corpus, tmp_path):
     same_as_undisturbed(run_dir, undisturbed)
 
 
+@pytest.mark.long
 @pytest.mark.fault(31)
 def test_a_job_of_higher_priority_takes_the_nodes(cluster, undisturbed, corpus, tmp_path):
     job, run_dir = submit(cluster, tmp_path, corpus, *RUN), tmp_path / "runs/test"
@@ -141,7 +142,7 @@ def test_a_time_limit_shorter_than_the_run(cluster, undisturbed, corpus, tmp_pat
     "lost",
     [
         pytest.param("power", marks=[pytest.mark.fault(29), pytest.mark.long]),
-        pytest.param("network", marks=pytest.mark.fault(32)),
+        pytest.param("network", marks=[pytest.mark.fault(32), pytest.mark.long]),
     ],
 )
 def test_a_node_that_is_lost(cluster, undisturbed, corpus, tmp_path, lost):

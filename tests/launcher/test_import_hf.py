@@ -97,7 +97,7 @@ def test_a_masked_model_without_its_head_is_refused(refused, tmp_path):
 # -- what comes in goes out ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=[pytest.mark.slow, pytest.mark.long]), "llama"])
 def test_export_gives_the_folder_back(family, folders, recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(step_zero, "FILE_BYTES", 40_000)  # several files
     run_dir = bring_in(folders(family), recipe)

@@ -27,6 +27,7 @@ def straight(masked_corpus, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_and_resumed_equals_never_stopped(straight, masked_corpus, tmp_path):
     """Dropout on, blocks recomputed, documents apart."""
     recipe = write_recipe(tmp_path, masked_corpus)

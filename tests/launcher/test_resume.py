@@ -23,6 +23,8 @@ from runs import (
     write_recipe,
 )
 
+LONG = [pytest.mark.slow, pytest.mark.long]
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, corpus):
@@ -40,7 +42,7 @@ def undisturbed(tmp_path_factory, corpus):
     return get
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=LONG), pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_never_stopped(stage, undisturbed, corpus, tmp_path):
     """SIGKILL for all ranks after step 12, two micro-batches a step, dropout on: it goes on from step 10 or 15."""
     straight = undisturbed(stage)
@@ -78,7 +80,9 @@ def unclipped(tmp_path_factory, corpus):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "before", "after"), [(1, "host", "device"), (3, "device", "host")])
+@pytest.mark.parametrize(
+    ("stage", "before", "after"), [pytest.param(1, "host", "device", marks=LONG), (3, "device", "host")]
+)
 def test_a_killed_run_goes_on_with_or_without_offload(stage, before, after, unclipped, corpus, tmp_path):
     """SIGKILL for all ranks after step 12; the same bits as never stopped and never offloaded."""
     recipe = write_recipe(tmp_path, corpus)

@@ -33,7 +33,7 @@ MODEL = {
     "vocab_size": VOCABULARY,
     "seq_len": 128,
     "config": {"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-               "intermediate_size": 512, "type_vocab_size": 1, "hidden_dropout_prob": 0.0,
+               "intermediate_size": 512, "type_vocab_size": 1, "initializer_range": 0.08, "hidden_dropout_prob": 0.0,
                "attention_probs_dropout_prob": 0.0},
 }  # fmt: skip
 
@@ -100,7 +100,7 @@ def pretrain(args: argparse.Namespace, name: str, steps: int, lr: float) -> Path
         },
         "optim": {"lr": lr, "warmup_steps": min(200, steps - 1), "schedule": "cosine"},
         "parallel": {"precision": "bf16"},
-        "train": {"steps": steps, "tokens_per_step": 1024, "micro_batch_size": 8},
+        "train": {"steps": steps, "tokens_per_step": 2048, "micro_batch_size": 16},
         "checkpoint": {"every": steps, "keep": 1},
         "eval": {"every": max(1, steps // 4), "windows": 64},
     }
@@ -141,14 +141,14 @@ def main() -> None:
     parser.add_argument("--reviews", required=True, help="CSV with a column review")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--held-out", type=float, default=0.04, help="share of the sentences")
-    parser.add_argument("--pretrain-steps", type=int, default=6000)
+    parser.add_argument("--pretrain-steps", type=int, default=5000)
     parser.add_argument("--steps", type=int, default=400, help="of each tuning, of 32 sentences")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     prepare(args)
-    origins = [pretrain(args, "pretrained", args.pretrain_steps, 1e-3), pretrain(args, "drawn", 2, 1e-12)]
+    origins = [pretrain(args, "pretrained", args.pretrain_steps, 2e-3), pretrain(args, "drawn", 2, 1e-12)]
     table: dict[str, list[float]] = {origin.name: [] for origin in origins}
     for seed in range(args.seeds):
         for origin in origins:

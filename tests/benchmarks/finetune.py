@@ -6,8 +6,9 @@
 Without --valid a tenth of the examples is held out. The texts to pretrain on are those of the examples that are trained on,
 and of --text, as many tokens of either. Drawn weights are those of a run of two steps with a learning rate of 1e-12. The bag
 of words is a logistic regression on log(1 + count) of words and pairs of Chinese characters, with the weight decay that is
-best on the held-out examples, which favours it. Prints the accuracy after each quarter of the steps and a table of the last,
-mean and range over seeds, for each number of examples of --examples; 0 is all of them.
+best on the held-out examples, which favours it; so is each model's rate of --lr that is best for the first seed. Prints the
+accuracy after each quarter of the steps and a table of the last, mean and range over seeds, for each number of examples of
+--examples; 0 is all of them. What is there already in DIR is not made again.
 """
 
 import argparse
@@ -92,9 +93,11 @@ def pretrain(args: argparse.Namespace, name: str, steps: int, lr: float, own_tex
     return args.work / "runs" / name
 
 
-def tune(args: argparse.Namespace, origin: Path, files: tuple[str, str], n_examples: int, seed: int) -> list[float]:
+def tune(
+    args: argparse.Namespace, origin: Path, files: tuple[str, str], n_examples: int, lr: float, seed: int
+) -> list[float]:
     """The accuracy on the held-out examples after each quarter of the steps."""
-    run = {"name": f"{origin.name}-{n_examples}-{seed}", "folder": str(args.work / "tuned"), "seed": seed}
+    run = {"name": f"{origin.name}-{n_examples}-{lr:g}-{seed}", "folder": str(args.work / "tuned"), "seed": seed}
     recipe = {
         "run": run,
         "init": str(origin),
@@ -106,7 +109,7 @@ def tune(args: argparse.Namespace, origin: Path, files: tuple[str, str], n_examp
             "too_long": "cut",
         },
         "data": {"seed": seed},
-        "optim": {"lr": args.lr, "warmup_steps": min(20, args.steps - 1), "schedule": "cosine"},
+        "optim": {"lr": lr, "warmup_steps": min(20, args.steps - 1), "schedule": "cosine"},
         "parallel": {"precision": "fp32"},
         "train": {"steps": args.steps, "global_batch_size": 32, "micro_batch_size": 32},
         "checkpoint": {"every": args.steps, "keep": 1},
@@ -169,7 +172,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--pretrain-steps", type=int, default=600)
     parser.add_argument("--steps", type=int, default=400, help="of each tuning")
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3], help="rates to try")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--examples", type=int, nargs="+", default=[0], help="numbers of them to train on; 0: all")
     args = parser.parse_args()
@@ -188,9 +191,14 @@ def main() -> None:
         files = write(args.work / f"train-{n}.jsonl", some), held
         table[f"{n} bag of words"] = [bag_of_words(some, valid, labels)]
         for name, origin in origins.items():
-            curves = [tune(args, origin, files, n, seed) for seed in range(args.seeds)]
+            first = {lr: tune(args, origin, files, n, lr, 0) for lr in args.lr}
+            print(f"{n} {name}: { ({lr: curve[-1] for lr, curve in first.items()}) }", flush=True)
+            best = max(first, key=lambda lr: first[lr][-1])
+            curves = [first[best], *(tune(args, origin, files, n, best, seed) for seed in range(1, args.seeds))]
             quarters = np.mean(curves, axis=0)
-            print(f"{n} {name}: {' '.join(f'{value:.4f}' for value in quarters)} after each quarter", flush=True)
+            print(
+                f"{n} {name}, {best:g}: {' '.join(f'{value:.4f}' for value in quarters)} after each quarter", flush=True
+            )
             table[f"{n} {name}"] = [curve[-1] for curve in curves]
     for name, found in table.items():
         print(f"{name:<24} {np.mean(found):.4f}  ({min(found):.4f} to {max(found):.4f}, {len(found)} seeds)")

@@ -255,7 +255,7 @@ class OriginConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 class FinetuneConfig(RunConfig, frozen=True, extra="forbid", strict=True):
-    """Of launcher/finetune.py. The model section comes from the origin; see launcher/origin.py."""
+    """Of launcher/finetune.py. The model section comes from the origin; see launcher/origin_config.py."""
 
     init: str  # runs/NAME, runs/NAME@STEP, a Hugging Face folder or hf://ORG/NAME
     task: TaskConfig

@@ -15,7 +15,8 @@ from launcher import launchers  # noqa: F401  first: it notes who started this r
 from launcher.config import FinetuneConfig, RunConfig, is_finetune, read_recipe
 from launcher.evaluation import evaluate_text
 from launcher.metrics import MetricsLog
-from launcher.origin import load_finetune_config, origin_weights, refuse_other_tokenizer, tokenizer_of
+from launcher.origin_config import load_finetune_config, refuse_other_tokenizer, tokenizer_of
+from launcher.origin_weights import origin_weights
 from launcher.pretrain import leave, main
 from launcher.run_data import RunData, open_data
 from launcher.start import PRETRAIN, Command, uses_of_text

@@ -21,17 +21,9 @@ from torch import Tensor
 
 from data.errors import DataError
 from launcher.config import ConfigError, RunConfig, is_finetune, read_recipe, to_yaml, validate
-from launcher.origin import (
-    HUB,
-    FolderOrigin,
-    GrownOrigin,
-    Origin,
-    grown_as_asked,
-    match_model,
-    open_origin,
-    put_in_model,
-    tokenizer_section,
-)
+from launcher.origin import HUB, FolderOrigin, GrownOrigin, Origin, open_origin
+from launcher.origin_config import grown_as_asked, put_in_model, tokenizer_section
+from launcher.origin_weights import match_model
 from launcher.redaction import hide
 from launcher.run_dir import Ledger
 from launcher.staging import StagingError, check_absent, staging_for

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     from data.prepare import Part, PrepareError, prepare_part, report
     from data.workers import WorkerDied
     from launcher.config import ConfigError, FinetuneConfig
-    from launcher.origin import load_recipe
+    from launcher.origin_config import load_recipe
     from launcher.run_dir import RunDirError
 
     args = _parser().parse_args(arguments)

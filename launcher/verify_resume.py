@@ -38,7 +38,7 @@ import torch
 from data.errors import DataError
 from launcher.compare import Difference, Finding, audit_run, compare, first_difference
 from launcher.config import ConfigError, FinetuneConfig, RunConfig
-from launcher.origin import load_recipe
+from launcher.origin_config import load_recipe
 from launcher.redaction import hide
 from launcher.run_dir import Ledger, RunDirError
 from parallel.checkpoint import committed_steps

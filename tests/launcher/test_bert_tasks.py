@@ -10,7 +10,9 @@ from transformers import BertForPreTraining, BertForSequenceClassification, Bert
 
 from launcher import evaluate, export, finetune, label, pretrain
 from launcher.config import ConfigError
-from launcher.origin import load_finetune_config, open_origin, origin_weights
+from launcher.origin import open_origin
+from launcher.origin_config import load_finetune_config
+from launcher.origin_weights import origin_weights
 from model.init import initial_values
 from ranks import Alone
 from runs import assert_same_state, losses, metrics, run

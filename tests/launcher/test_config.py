@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from launcher.config import ConfigError, OriginConfig, contradictions, load_config, to_yaml
-from launcher.origin import load_finetune_config
+from launcher.origin_config import load_finetune_config
 from launcher.run_dir import refuse_other_config
 from launcher.trained import build_model
 from model.network import build_network
@@ -53,7 +53,7 @@ def test_every_fine_tuning_recipe_loads_and_its_model_can_be_built(path, monkeyp
     identity = OriginConfig(step=600, digest="", tokenizer="", model=model)
     tokenizer = SimpleNamespace(folder=Path("runs/embedded/tokenizer"), vocab_size=4096)
     origin = SimpleNamespace(identity=lambda: identity, tokenizer=tokenizer)
-    monkeypatch.setattr("launcher.origin.open_origin", lambda init, step: origin)
+    monkeypatch.setattr("launcher.origin_config.open_origin", lambda init, step: origin)
     cfg = load_finetune_config(str(path), [f"run.folder={path}"])  # where no run is
     assert cfg.data.tokenizer.path == "runs/embedded/tokenizer"
     assert cfg.init.startswith("runs/")

@@ -11,7 +11,7 @@ from exports import make_run
 from launcher import audit, checkpoint, evaluate, export, generate
 from launcher.config import EvalConfig
 from launcher.finetune import FINETUNE
-from launcher.origin import load_finetune_config
+from launcher.origin_config import load_finetune_config
 from launcher.run_dir import Ledger
 from launcher.saving import Progress
 from launcher.start import is_finished, parse_arguments

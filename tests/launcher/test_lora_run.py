@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from exports import FAMILIES
 from launcher import export, finetune, generate, pretrain
 from launcher.config import ConfigError, load_config, validate
-from launcher.origin import load_finetune_config, open_origin, origin_weights
+from launcher.origin import open_origin
+from launcher.origin_config import load_finetune_config
+from launcher.origin_weights import origin_weights
 from launcher.run_dir import Ledger, save_config
 from launcher.saving import checkpoint_bytes
 from launcher.trained import build_model, open_checkpoint, told_trained

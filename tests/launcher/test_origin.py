@@ -15,7 +15,9 @@ from launcher import check as launcher_check
 from launcher import export, finetune, prepare, pretrain
 from launcher.config import ConfigError, FinetuneConfig, load_config
 from launcher.finetune import FINETUNE
-from launcher.origin import load_finetune_config, match, open_origin, origin_weights
+from launcher.origin import open_origin
+from launcher.origin_config import load_finetune_config
+from launcher.origin_weights import match, origin_weights
 from launcher.pretrain import build_engine
 from launcher.run_dir import save_config
 from launcher.saving import resume

@@ -20,7 +20,7 @@ finetune: pretrain
 	if test -e exports/embedded-classify; then echo 'exports/embedded-classify is there; remove it to have it made again'; else $(BIN)/python launcher/export.py runs/embedded-classify --output exports/embedded-classify; fi
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' -rs
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not long' -rs

@@ -136,6 +136,19 @@ def told_trained(cfg: RunConfig, shapes: Mapping[str, tuple[int, ...]], trained:
     )
 
 
+def told_too_many(cfg: RunConfig, shapes: Mapping[str, tuple[int, ...]], trained: frozenset[str]) -> str:
+    """A warning where LoRA trains more than half as many parameters as the model has without it; else ""."""
+    part = sum(torch.Size(shapes[name]).numel() for name in trained)
+    plain = sum(torch.Size(shape).numel() for name, shape in shapes.items() if not is_adapter(name))
+    lora = lora_of(cfg)
+    if lora is None or 2 * part <= plain:
+        return ""
+    return (
+        f"lora.rank={lora.rank} trains {part:,} parameters, more than half of the model's {plain:,}; lower it, or leave the "
+        "lora section out, which tunes them all"
+    )
+
+
 def open_checkpoint(run_dir: Path, step: int | None, fall_back: bool = False, hashed: bool = True) -> Checkpoint:
     """A checkpoint of a run, every file of it compared with its hash. Nothing in the run's folder is changed.
 

@@ -10,7 +10,7 @@ import yaml
 
 from launcher.config import ConfigError, OriginConfig, contradictions, load_config, to_yaml
 from launcher.origin_config import load_finetune_config
-from launcher.run_dir import refuse_other_config
+from launcher.start import refuse_other_config
 from launcher.trained import build_model
 from model.network import build_network
 from parallel.deepspeed_config import check_passthrough

@@ -20,7 +20,7 @@ from launcher.origin_config import load_finetune_config
 from launcher.origin_weights import origin_weights
 from launcher.run_dir import Ledger, save_config
 from launcher.saving import checkpoint_bytes
-from launcher.trained import build_model, open_checkpoint, told_trained
+from launcher.trained import build_model, open_checkpoint, told_too_many, told_trained
 from model.init import initial_values
 from model.lora import is_adapter, plain_name
 from parallel.checkpoint import Manifest, read_manifest
@@ -269,3 +269,38 @@ def test_another_section_on_resume_is_refused_key_by_key(change, message, origin
     save_config(cfg)
     assert pretrain.main(["--config", str(recipe), change], finetune.FINETUNE) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lora.rank=4", "lora.rank: was 8, is 4"),
+        ("lora.targets=[wq]", "lora.targets: was None, is ['wq']"),
+        ("task.labels=[a, b]", f"task.labels: was {LABELS}, is ['a', 'b']"),
+    ],
+)
+def test_what_gives_other_weights_is_refused_though_it_is_allowed(change, message, origin, tmp_path, capsys):
+    write_lines(tmp_path / "t.jsonl", LINES)
+    task = {**TASK, "train": [str(tmp_path / "t.jsonl")]}
+    recipe = with_lora(write_recipe(tmp_path, origin, task), rank=8)
+    cfg = load_finetune_config(str(recipe), [])
+    (cfg.run_dir / "checkpoints/step-00000004").mkdir(parents=True)
+    (cfg.run_dir / "checkpoints/step-00000004/manifest.json").write_text("{}")
+    save_config(cfg)
+    allowed = ["--allow-change", "task.labels" if "labels" in change else change.partition("=")[0]]
+    assert pretrain.main(["--config", str(recipe), change, *allowed], finetune.FINETUNE) == 2
+    said = capsys.readouterr().err
+    assert f"whose checkpoints cannot be read into this one:\n  {message}\n" in said
+    assert f"or use another run.name, which may begin with what this one has learned: init={cfg.run_dir}\n" in said
+
+
+def test_a_rank_with_which_most_is_trained_is_told(origin, tmp_path):
+    recipe = with_lora(write_recipe(tmp_path, origin, TASK), rank=40)
+    for rank, told in ((40, True), (4, False)):
+        cfg = load_finetune_config(str(recipe), [f"lora.rank={rank}"])
+        with torch.device("meta"):
+            parameters = dict(build_model(cfg).named_parameters())
+        trained = frozenset(name for name, p in parameters.items() if p.requires_grad)
+        warning = told_too_many(cfg, {name: tuple(p.shape) for name, p in parameters.items()}, trained)
+        expected = "lora.rank=40 trains 65,424 parameters, more than half of the model's 63,840; lower it, or leave the"
+        assert warning.startswith(expected) if told else warning == ""

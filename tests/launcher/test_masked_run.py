@@ -127,12 +127,17 @@ def test_a_folder_says_what_to_do_with_it(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.masking=null", "data.masking: missing, and model.objective=masked needs it"),
+        ("data.masking=null", "data.masking: missing, and model.objective=masked needs it; data.masking={} hides 15 %"),
         ("data.tokenizer.mask_token=null", "data.tokenizer.mask_token: missing, and a masked model needs a tokenizer"),
         ("data.stream={dataset: text, tokenizer: x}", "data.stream: tokens of raw text cannot be hidden on the way"),
-        ("eval.prompts=[a]", "eval.prompts: a masked model continues no text"),
+        ("eval.prompts=[a]", "eval.prompts: a masked model continues no text; leave them out, or give eval.prompts=[]"),
         ("data.masking.shar=0.2", "data.masking.shar: no such key; did you mean data.masking.share?"),
         ("model.config.hiden_size=3", "transformers' bert has no such key; did you mean hidden_size?"),
+        (
+            "model.config.hidden_act=gelo",
+            "model.config.hidden_act: got 'gelo'; did you mean gelu? expected gelu, gelu_10",
+        ),
+        ("model.config.hidden_act=7", "model.config.hidden_act: got 7; expected gelu, gelu_10"),
         ("model.obective=causal", "model.obective: no such key; did you mean model.objective?"),
         ("model.family=bert", "model.family='bert'; expected hf"),
         ("model.objective=causal", "model.config.model_type='bert' is none that can be trained as a causal model here"),

@@ -161,7 +161,14 @@ def test_only_heads_may_be_new_or_dropped(made):
     for changed, message in [
         (shapes | {"blocks.9.attn.wq.weight": (48, 48)}, "blocks.9.attn.wq.weight has no value in it"),
         ({k: v for k, v in shapes.items() if k != "norm.bias"}, "its norm.bias has no place in the model"),
-        (shapes | {"norm.bias": (49,)}, r"its norm.bias is \(48,\), the model's \(49,\)"),
+        (
+            shapes | {"norm.bias": (49,)},
+            r"its norm.bias is \(48,\), the model's \(49,\)\. A language model begins from one",
+        ),
+        (
+            shapes | {"score.weight": (2, 48), "norm.bias": (49,)},
+            r"\(49,\)\. A head for labels begins new from a language",
+        ),
     ]:
         with pytest.raises(ConfigError, match=message):
             match(changed, opened)

@@ -151,7 +151,7 @@ def test_what_is_wrong_is_said(recipe, overrides, message):
     [
         ("data.corpus=[https://me:hunter2@host", r"data.corpus=\[https://\*\*\*@host: not YAML: .* at line 1, column"),
         ("data.cache.options={secret: hunter2", r"data.cache.options=\*\*\*: not YAML: expected ',' or '}', but got"),
-        ("data.sources=[{kind: texts, storage_options: {secret: hunter2}}]", "0.kind: got 'texts'; did you mean text[?] expec"),
+        ("data.sources=[{kind: texts, storage_options: {secret: hunter2}}]", "0.kind: got 'texts'; did you mean text[?] ex"),
         ("data.sources=[{paths: hunter2}]", "data.sources.0.kind: missing; it has no default"),
         ("data.sources={corpus: hunter2}", "data.sources: got a mapping; input should be a valid list"),
         ("data.sources=[{kind: text, paths: [s3://b/a], storage_options: {secret: [hunter2]}}]", "got a list; input should"),

@@ -28,7 +28,7 @@ from parallel.checkpoint_writer import CheckpointWriter
 from parallel.config import CheckpointConfig
 from parallel.state import KINDS, Fragment
 from ranks import Alone
-from runs import run
+from runs import assert_same_state, kill, losses, run, start, wait_for_step
 
 TASK = {"kind": "classify", "labels": LABELS, "train": ["t.jsonl"]}
 
@@ -213,6 +213,24 @@ def test_stopped_resumed_without_its_origin_scored_and_exported(origin, tmp_path
     with torch.inference_mode():
         chosen = [model(**tokenizer(line["text"], return_tensors="pt")).logits.argmax().item() for line in LINES]
     assert [LABELS[i] for i in chosen] == [line["label"] for line in LINES]
+
+
+@pytest.mark.slow
+@pytest.mark.long  # three starts
+def test_killed_and_resumed_equals_never_stopped(origin, tmp_path):
+    """Dropout in the adapters on, blocks recomputed."""
+    file = write_lines(tmp_path / "t.jsonl", LINES)
+    task = {"kind": "classify", "labels": LABELS, "train": [file], "valid": [file]}
+    recipe = with_lora(write_recipe(tmp_path, origin, task, steps=60), rank=4, dropout=0.1)
+    options = ["parallel.zero_stage=2", "parallel.activation_checkpointing=full", "checkpoint.every=5"]
+    command, log = tune(2, "--config", recipe, *options), tmp_path / "log"
+    process = start(command, log)
+    wait_for_step(tmp_path / "runs/tuned", 12, process)
+    kill(recipe, process)
+    assert "resumed from" in run(command, log)
+    run(tune(2, "--config", recipe, *options, "run.name=straight"), log)
+    assert losses(tmp_path / "runs/tuned") == losses(tmp_path / "runs/straight")
+    assert_same_state(tmp_path / "runs/tuned", tmp_path / "runs/straight")
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------------

@@ -240,6 +240,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(origin, corpus, tmp_path, caps
     told = refused(capsys, write_recipe(tmp_path, origin, corpus))
     assert f"data.corpus={corpus} has the tokenizer " in told
     assert "to which other ids mean other text; prepare a corpus for it" in told
+    assert "A run and its export have two, as they are kept in other files: begin with the one that the corpus" in told
 
 
 def test_an_origin_may_have_any_number_of_rows_beyond_its_tokenizer(made, corpus, tmp_path):

@@ -103,6 +103,10 @@ def test_evaluated_exported_and_filled_in(straight, capsys, tmp_path, monkeypatc
     for place in (straight, folder):
         assert generate.main([str(place), "--prompt", "def "]) == 2
         assert "is a masked model, which fills in hidden tokens and continues no text" in capsys.readouterr().err
+    assert label.main([str(straight), "--text", "x"]) == 2
+    assert (
+        f"gives no labels; launcher/export.py {straight} --output FOLDER, then transformers" in capsys.readouterr().err
+    )
     assert evaluate.main([str(straight), "--data", str(tmp_path / "x.txt")]) == 2
     assert "the loss of a masked model is on hidden tokens of a prepared corpus" in capsys.readouterr().err
 

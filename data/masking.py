@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, model_validator
 from data.errors import DataError
 from data.hf_tokenizer import HuggingFaceTokenizer
 from data.tokenizer import SentencePieceTokenizer, Tokenizer
+from data.tokenizer_base import CONFIG_FILE
 
 IGNORE = -100  # a target that counts for nothing, as torch's cross-entropy has it
 
@@ -49,20 +50,28 @@ class MaskingError(DataError):
     """A tokenizer that has no token for what is hidden, or for what begins a text."""
 
 
+def masking_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Of [MASK] and of [CLS]. Raises MaskingError."""
+    if tokenizer.mask_id is not None and tokenizer.cls_id is not None:
+        return tokenizer.mask_id, tokenizer.cls_id
+    lacks, name = "a token that begins a text", "cls_token"
+    if tokenizer.mask_id is None:
+        lacks, name = "a token for masks", "mask_token"
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        lacks += f" ({tokenizer.folder / CONFIG_FILE} names no {name})"
+    raise MaskingError(
+        f"the tokenizer of {tokenizer.folder} lacks {lacks}, which a masked model needs: prepare the corpus with "
+        'data.tokenizer.mask_token="[MASK]", or with a Hugging Face tokenizer whose config names mask_token and cls_token'
+    )
+
+
 class Masker:
     """Hides tokens of rows, the same ones for the same key whoever asks."""
 
     def __init__(self, cfg: MaskingConfig, tokenizer: Tokenizer, seed: int) -> None:
         """seed: of the run's data. Raises MaskingError."""
-        if tokenizer.mask_id is None or tokenizer.cls_id is None:
-            lacks = "a token for masks" if tokenizer.mask_id is None else "a token that begins a text"
-            raise MaskingError(
-                f"the tokenizer of {tokenizer.folder} lacks {lacks}, which a masked model needs: prepare the corpus with "
-                'data.tokenizer.mask_token="[MASK]", or with a Hugging Face tokenizer whose config names mask_token and '
-                "cls_token"
-            )
+        self.mask_id, self.cls_id = masking_ids(tokenizer)
         self._cfg, self._seed = cfg, seed
-        self.mask_id, self.cls_id = tokenizer.mask_id, tokenizer.cls_id
         special = {tokenizer.mask_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id} - {None}
         if isinstance(tokenizer, HuggingFaceTokenizer):
             special |= tokenizer.special_ids

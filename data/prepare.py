@@ -30,6 +30,7 @@ from data.config import DataConfig
 from data.corpus import open_shard, read_manifest, shard_files
 from data.layout import count_best_fit
 from data.manifest import MANIFEST, Manifest, ShardEntry, SourceEntry, Split, SplitEntry, TokenizerEntry
+from data.masking import masking_ids
 from data.plan import PLAN, Part, check_folder, check_plan, others_at_work, step, working
 from data.prepared import Pairs, Prepared, open_corpus, open_pairs, tokenizer_of
 from data.progress import progress
@@ -226,6 +227,8 @@ def _chosen_tokenizer(cfg: DataConfig, prepared: dict[str, Prepared], stack: Exi
             f"data.tokenizer.vocab_size={cfg.tokenizer.vocab_size}, but the tokenizer of {where} has "
             f"{tokenizer.vocab_size}; set data.tokenizer.vocab_size={tokenizer.vocab_size}"
         )
+    if cfg.masking is not None:
+        masking_ids(tokenizer)  # raises what a run would be refused for
     return tokenizer
 
 

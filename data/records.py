@@ -64,9 +64,10 @@ def _format_of(path: str, allowed: tuple[Format, ...]) -> Format:
         name = name.removesuffix(ending)
     found = _ENDINGS.get(os.path.splitext(name)[1])
     if found not in allowed:
+        wrong = "its name does not say what it is" if found is None else f"a {found} file cannot hold what is read"
+        endings = ", ".join(end for end, of in _ENDINGS.items() if of in allowed)
         raise RecordError(
-            f"{path}: its name does not say what it is; expected one that ends with "
-            f"{', '.join(end for end, of in _ENDINGS.items() if of in allowed)}, or set task.format to one of "
+            f"{path}: {wrong}; expected one that ends with {endings}; a recipe may say task.format instead, one of "
             f"{', '.join(allowed)}"
         )
     return found

@@ -14,11 +14,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from launcher.config import ConfigError, validate
 from launcher.lease import sole_writer
 from launcher.run_dir import RunDirError
 from parallel.checkpoint import (
     STEP_NAME,
     CheckpointError,
+    Manifest,
     UnreadableError,
     committed_steps,
     faults,
@@ -41,9 +43,17 @@ def describe(path: Path) -> str:
     precision = m.config.get("parallel", {}).get("precision", "?")
     return (
         f"{path.name}  {n_bytes / 1e9:.3f} GB  {len(m.files)} files of {m.world_size} ranks  ZeRO {m.zero_stage}  "
-        f"{precision}  {m.totals.get('tokens', 0):,} tokens"
+        f"{precision}  {m.totals.get('tokens', 0):,} {counted(m)}"
         + ("  best of its evaluations until then" if m.totals.get("best_step") == m.step else "")
     )
+
+
+def counted(manifest: Manifest) -> str:
+    """The name of what the checkpoint's totals count."""
+    try:
+        return validate(manifest.config, "").what_counts
+    except ConfigError:  # of another version of this program
+        return "tokens or other targets"
 
 
 def others(folder: Path) -> list[Path]:

@@ -174,7 +174,9 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             return []
         wrong = []
         if self.data.masking is None:
-            wrong.append("data.masking: missing, and model.objective=masked needs it; {} hides 15 % of the tokens")
+            wrong.append(
+                "data.masking: missing, and model.objective=masked needs it; data.masking={} hides 15 % of the tokens"
+            )
         if self.data.tokenizer.path is None and self.data.tokenizer.mask_token is None:
             wrong.append(
                 'data.tokenizer.mask_token: missing, and a masked model needs a tokenizer that has one: set it to "[MASK]"'
@@ -187,7 +189,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 "true, or packing: windows"
             )
         if self.eval.prompts:
-            wrong.append("eval.prompts: a masked model continues no text; leave them out")
+            wrong.append("eval.prompts: a masked model continues no text; leave them out, or give eval.prompts=[]")
         return wrong
 
     @property
@@ -332,7 +334,7 @@ def read_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        near = sorted(str(p) for p in Path("configs").glob("*.yaml"))
+        near = sorted(str(p) for folder in ("configs", "configs/finetune") for p in Path(folder).glob("*.yaml"))
         raise ConfigError(
             f"cannot read the recipe {path}: {error}; recipes here: {', '.join(near) or 'none'}"
         ) from None
@@ -371,10 +373,23 @@ def _explain(item: Any, kind: type[RunConfig]) -> list[str]:
         return [f"{key}: no such key{never if loc[-1] == 'trust_remote_code' else _suggest(loc, kind)}"]
     if item["type"] == "missing":
         return [f"{key}: missing; it has no default"]
+    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return [_explain_tag(key, item)]
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":  # our own, written with their values
         return [f"{key}: {line}" if key else line for line in message.split("\n")]
     return [f"{key}: got {_shown(loc, item['input'])}; {message[0].lower()}{message[1:]}"]
+
+
+def _explain_tag(key: str, item: Any) -> str:
+    """A section whose kind is none that there is, or that has none."""
+    field = item["ctx"]["discriminator"].strip("'")
+    if item["type"] == "union_tag_not_found":
+        return f"{key}.{field}: missing; it has no default"
+    got, known = item["ctx"]["tag"], re.findall("'(.+?)'", item["ctx"]["expected_tags"])
+    near = difflib.get_close_matches(got, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{key}.{field}: got {redact(repr(got))}; {hint}expected {', '.join(known)}"
 
 
 def _shown(loc: list[str], value: Any) -> str:

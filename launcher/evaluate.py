@@ -263,6 +263,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.model} gives labels, and does not say of which files; evaluate the run that it was exported from, or "
             f"label texts with launcher/label.py {args.model}"
         )
+    if checkpoint is None and is_masked(trained.model.cfg):
+        raise ValueError(
+            f"{args.model} is a masked model, whose loss is on hidden tokens, and does not say how they were hidden; "
+            "evaluate the run that it was exported from (runs/NAME), or make a run of it: launcher/import_hf.py"
+        )
     corpus, is_corpus = corpus_among(args.data)
     if is_corpus:
         found = on_corpus(trained, corpus, args.windows, batch)

@@ -17,7 +17,7 @@ from data.tokenizer import Tokenizer
 from launcher.chat import Chat, talk, template_of
 from launcher.config import ConfigError
 from launcher.continuation import Options, continue_prompts
-from launcher.trained import Trained, load_trained, open_checkpoint
+from launcher.trained import Trained, how_to_fill, load_trained, open_checkpoint
 from model.hf_config import is_masked
 from model.hf_folder import DTYPES
 from model.network import Network
@@ -78,8 +78,7 @@ def refuse_model(trained: Trained, name: Path) -> None:
         raise ValueError(f"{name} gives labels and no text; label texts with launcher/label.py {name}")
     if is_masked(trained.model.cfg):
         raise ValueError(
-            f"{name} is a masked model, which fills in hidden tokens and continues no text; launcher/export.py {name} "
-            "--output FOLDER, then transformers.pipeline('fill-mask', model=FOLDER)"
+            f"{name} is a masked model, which fills in hidden tokens and continues no text; {how_to_fill(trained, name)}"
         )
     if not isinstance(trained.model, Transformer):
         raise ValueError(

@@ -31,11 +31,13 @@ from launcher.config import ConfigError, FinetuneConfig
 from launcher.scores import entities, kinds_of
 from launcher.tally import label_log_probs
 from launcher.task_examples import frame_for
-from launcher.trained import Trained, load_trained
+from launcher.trained import Trained, how_to_fill, load_trained
+from model.hf_config import is_masked
 from model.hf_folder import DTYPES
 from parallel.checkpoint import CheckpointError
 
 BATCH = 32  # texts a forward
+_LINES = re.compile(r"\.txt(\.gz|\.zst)?$")  # ends of names of files with a text a line
 
 
 class Text(NamedTuple):
@@ -52,6 +54,11 @@ class Labeller:
 
     def __init__(self, trained: Trained, place: Path) -> None:
         """Raises ValueError where the model gives no labels."""
+        if trained.head is None and is_masked(trained.model.cfg):
+            raise ValueError(
+                f"{place} is a masked model, which fills in hidden tokens and gives no labels; "
+                f"{how_to_fill(trained, place)}. For labels tune it: launcher/finetune.py and task.kind classify or tag"
+            )
         if trained.head is None:
             raise ValueError(
                 f"{place} gives text and no labels; continue texts with launcher/generate.py, or tune it with "
@@ -156,11 +163,16 @@ def read_texts(labeller: Labeller, texts: list[str], files: list[str], field: st
     """All that are given, in their order: of the command line, then of files. Raises DataError."""
     found = [labeller.text(f"--text {number}", text) for number, text in enumerate(texts, 1)]
     formats = (TagTask if labeller.head.per_token else ClassifyTask).formats
+    if field is not None and all(path == "-" or _LINES.search(path) for path in files):
+        raise RecordError(
+            f"--field {field}: has no effect on {', '.join(files) or 'texts of the command line'}, of which a whole line is "
+            "a text; leave it out"
+        )
     for path in files:
         if path == "-":
             lines = enumerate(stdin, 1)
             found += [labeller.text(f"standard input, line {number}", line.rstrip("\r\n")) for number, line in lines]
-        elif re.search(r"\.txt(\.gz|\.zst)?$", path):
+        elif _LINES.search(path):
             found += [labeller.text(*line) for line in text_lines(path)]
         else:
             records = read_records([path], lambda fmt: labeller.columns(fmt, field), None, formats)
@@ -211,6 +223,10 @@ def label(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise ValueError(f"--batch-size {args.batch_size}; expected at least 1")
     if args.output is not None and args.output.exists():
         raise ValueError(f"--output {args.output} is there already; name another file, or remove it")
+    if args.output is not None and not args.output.parent.is_dir():
+        raise ValueError(
+            f"--output {args.output}: there is no folder {args.output.parent}; make it, or name another file"
+        )
     trained = load_trained(args.model, args.step, None if args.dtype is None else DTYPES[args.dtype])
     labeller = Labeller(trained, args.model)
     texts = read_texts(labeller, args.text, args.file, args.field, sys.stdin)

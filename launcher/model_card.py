@@ -46,7 +46,7 @@ model = AutoModelForTokenClassification.from_pretrained("{folder}").eval()
 tokenizer, words = AutoTokenizer.from_pretrained("{folder}"), ["Words", "of", "a", "sentence"]
 ids = [tokenizer(("{join}" if i else "") + word).input_ids for i, word in enumerate(words)]  # each word by itself
 tags = iter(model(torch.tensor([sum(ids, [])])).logits[0].argmax(-1).tolist())
-print([model.config.id2label[[next(tags) for _ in of_word][-{at:d}]] for of_word in ids])
+print([model.config.id2label[[next(tags) for _ in of_word][{at}]] for of_word in ids])
 """
 
 
@@ -58,7 +58,7 @@ tokenizer, words = AutoTokenizer.from_pretrained("{folder}"), ["Words", "of", "a
 ids = [tokenizer(("{join}" if i else "") + word, add_special_tokens=False).input_ids for i, word in enumerate(words)]
 row = [tokenizer.cls_token_id, *sum(ids, []), tokenizer.sep_token_id]  # each word by itself
 tags = iter(model(torch.tensor([row])).logits[0, 1:-1].argmax(-1).tolist())
-print([model.config.id2label[[next(tags) for _ in of_word][-{at:d}]] for of_word in ids])
+print([model.config.id2label[[next(tags) for _ in of_word][{at}]] for of_word in ids])
 """
 _LOAD_MASKED = """\
 from transformers import pipeline
@@ -131,7 +131,7 @@ Run from the folder that `{name}` lies in:
 
 ## Data
 
-{_tokens(report)}, of:
+{_seen(checkpoint, report)}, of:
 
 {_sources(checkpoint)}
 
@@ -169,8 +169,8 @@ def _snippet(checkpoint: Checkpoint, report: dict[str, Any], name: str) -> str:
         return snippet(name, fast, checkpoint.cfg.model.seq_len)
     assert isinstance(checkpoint.cfg, FinetuneConfig)
     if isinstance(checkpoint.cfg.task, TagTask):
-        tagger = _LOAD_MASKED_TAGGER if is_masked(checkpoint.cfg.model) else _LOAD_TAGGER
-        return tagger.format(folder=name, join=checkpoint.cfg.task.join, at=checkpoint.cfg.task.word_token == "last")
+        tagger, task = _LOAD_MASKED_TAGGER if is_masked(checkpoint.cfg.model) else _LOAD_TAGGER, checkpoint.cfg.task
+        return tagger.format(folder=name, join=task.join, at=-1 if task.word_token == "last" else 0)
     return _LOAD_CLASSIFIER.format(folder=name)
 
 
@@ -233,16 +233,16 @@ def _does(cfg: RunConfig) -> str:
     return "It continues text; it was not taught to\nfollow instructions."
 
 
-def _tokens(report: dict[str, Any]) -> str:
-    seen = report["tokens_seen"]
-    return "An unknown number of tokens" if seen is None else f"{seen:,} tokens"
+def _seen(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
+    seen, unit = report["tokens_seen"], checkpoint.cfg.what_counts
+    return f"An unknown number of {unit}" if seen is None else f"{seen:,} {unit}"
 
 
 def _sources(checkpoint: Checkpoint) -> str:
     cfg, data = checkpoint.cfg, checkpoint.cfg.data
     if isinstance(cfg, FinetuneConfig) and not isinstance(cfg.task, TextTask):
         return (
-            f"- examples for the task `{cfg.task.kind}`: the targets of the fine-tuning, without what its origin read"
+            f"- examples for the task `{cfg.task.kind}`, in all passes of the fine-tuning, without what its origin read"
         )
     if data.stream is not None:
         return f"- raw text, streamed{_hub(data.stream.dataset)}"

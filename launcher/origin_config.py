@@ -174,7 +174,8 @@ def refuse_other_tokenizer(cfg: FinetuneConfig, tokenizer: Tokenizer) -> None:
         raise ConfigError(
             f"{where} has the tokenizer {tokenizer.fingerprint}, {cfg.init} was trained with {cfg.origin.tokenizer}, to "
             "which other ids mean other text; prepare a corpus for it: launcher/prepare.py with this recipe takes "
-            "the origin's tokenizer, if data.tokenizer is left out"
+            "the origin's tokenizer, if data.tokenizer is left out. A run and its export have two, as they are kept in "
+            "other files: begin with the one that the corpus was prepared for"
         )
 
 

@@ -82,9 +82,14 @@ def match(
     wrong += [f"its {name} is {origin.shapes[name]}, the model's {shapes[name]}" for name in sorted(other)]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        hint = "A head for labels begins new from a language model, or from one with the same labels"
+        if not any(map(may_be_new, shapes)):
+            hint = (
+                "A language model begins from one that has its head for tokens: name the one that this was tuned from"
+            )
         raise ConfigError(
-            f"{origin} is not of the model that is needed here: {'; '.join(wrong[:3])}{more}. A head for labels begins new "
-            "from a language model, or from one with the same labels; nothing else may be missing"
+            f"{origin} is not of the model that is needed here: {'; '.join(wrong[:3])}{more}. {hint}; nothing else may be "
+            "missing"
         )
     return new, dropped
 

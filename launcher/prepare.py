@@ -62,14 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
             return _verify(cfg.corpus)
         manifest = prepare_part(cfg, Part(number, of), recipe.model.seq_len)
     except (ConfigError, DataError, RunDirError) as error:
-        print(error, file=sys.stderr)
+        print(f"prepare: {error}", file=sys.stderr)
         return 2
     except (OSError, WorkerDied) as error:
-        print(f"{error}\n{again}", file=sys.stderr)
+        print(f"prepare: {error}\n{again}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         signal.setitimer(signal.ITIMER_REAL, 0)  # heard
-        print(f"\nstopped; {again}", file=sys.stderr)
+        print(f"\nprepare: stopped; {again}", file=sys.stderr)
         return 130
     if manifest is None:
         return 0

@@ -44,7 +44,7 @@ from launcher.saving import Progress, Saves, checkpoint_bytes, never_saved, resu
 from launcher.signals import StopFlag, signal_name
 from launcher.start import PRETRAIN, Command, check, is_finished, open_again, parse_arguments, refuse_stop_behind
 from launcher.stragglers import Stragglers
-from launcher.trained import Initial, told_trained
+from launcher.trained import Initial, told_too_many, told_trained
 from launcher.watchdog import ALLOWANCE_S, Watchdog, is_effect
 from parallel import device
 from parallel.checkpoint import CheckpointError, committed_steps
@@ -338,6 +338,8 @@ def announce(
     )
     if len(engine.trained) < len(engine.shapes):
         log.info("  %s", told_trained(cfg, engine.shapes, engine.trained))
+        if warning := told_too_many(cfg, engine.shapes, engine.trained):
+            log.warning("%s", warning)
     lines, warnings = data.announce((cfg.train.steps - progress.step) * cfg.global_batch_size)
     for line in lines:
         log.info("  %s", line)
@@ -438,8 +440,9 @@ def conclude(
     if "ended_by" in best:
         log.info("  ended before step %d by %s", cfg.train.steps, best["ended_by"])
     log.info("  the run lies in   %s", cfg.run_dir)
+    of_best = f" --step {best['best_step']}" if best and best["best_step"] != progress.step else ""
     for doing, typed in command.uses(cfg).items():
-        log.info("  %-17s %s %s", doing, typed_as("python"), typed)
+        log.info("  %-17s %s %s%s", doing, typed_as("python"), typed, of_best)
     log.info("  see its curves    %s --logdir %s", typed_as("tensorboard"), cfg.run.folder)
 
 

@@ -10,14 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from launcher.config import ConfigError, RunConfig, contradictions, to_yaml, unknown_keys
-from model.config import ModelConfig
-from model.hf_config import HfModelConfig, pick_model
-from model.network import build_network
-from parallel.checkpoint import committed_steps
+from launcher.config import RunConfig, to_yaml
 
 log = logging.getLogger(__name__)
 
@@ -40,49 +35,6 @@ def read_saved_config(run_dir: Path) -> dict[str, Any] | None:
     if not isinstance(saved, dict):
         raise RunDirError(f"{path} holds no config; restore it, or use another run.name")
     return saved
-
-
-def refuse_other_config(cfg: RunConfig, allowed: list[str]) -> None:
-    """Raise ConfigError when the run's folder holds a run of another config, listing the keys."""
-    if unknown := unknown_keys(cfg, allowed):
-        raise ConfigError(
-            f"--allow-change {unknown[0]}: no such key; expected section.key, one for each --allow-change"
-        )
-    saved = read_saved_config(cfg.run_dir)
-    if saved is None:
-        return
-    if committed_steps(cfg.run_dir / "checkpoints") and (reshaped := _other_shapes(saved, cfg.model)):
-        raise ConfigError(
-            f"{cfg.run_dir} holds a run of another model, whose checkpoints cannot be read into this one:\n"
-            + "\n".join(f"  {line}" for line in reshaped)
-            + "\nset the keys of `model` back, or use another run.name"
-        )
-    wrong = contradictions(saved, cfg.model_dump(mode="json"), allowed)
-    if wrong:
-        raise ConfigError(
-            f"{cfg.run_dir} holds a run of another config:\n"
-            + "\n".join(f"  {line}" for line in wrong)
-            + "\nuse another run.name, set the keys back, or allow each on purpose with --allow-change KEY"
-        )
-
-
-def _other_shapes(saved: dict[str, Any], model: ModelConfig | HfModelConfig) -> list[str]:
-    """The keys of `model` that differ, where the weights then do in name or shape."""
-    try:
-        before = pick_model(saved.get("model"))
-    except ValueError:  # of another version of this program: contradictions tells
-        return []
-    if _shapes(before) == _shapes(model):
-        return []
-    old, new = before.model_dump(), model.model_dump()
-    return [
-        f"model.{key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in new | old if old.get(key) != new.get(key)
-    ]
-
-
-def _shapes(model: ModelConfig | HfModelConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {name: p.shape for name, p in build_network(model).named_parameters()}
 
 
 def prepare_run_dir(cfg: RunConfig, needed_bytes: int) -> None:

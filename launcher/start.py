@@ -7,15 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from data.tokenizer_base import CONFIG_FILE, read_config
-from launcher.config import ConfigError, RunConfig, load_config
+from launcher.config import (
+    ConfigError,
+    FinetuneConfig,
+    RunConfig,
+    contradictions,
+    load_config,
+    unknown_keys,
+    validate,
+)
 from launcher.evaluation import evaluate_text
 from launcher.limits import allow_files, check_threads
 from launcher.metrics import MetricsLog
 from launcher.run_data import RunData, open_data
-from launcher.run_dir import Ledger, refuse_other_config
+from launcher.run_dir import Ledger, read_saved_config
 from launcher.saving import Progress, fresh_weights
 from launcher.trained import Initial, build_model
 from model.hf_config import is_masked
@@ -110,6 +119,50 @@ def check_run(cfg: RunConfig, allow_change: list[str], ranks: int, command: Comm
             f"{', '.join(scores) or 'nothing, as no data is held out'}"
         )
     return data
+
+
+def refuse_other_config(cfg: RunConfig, allowed: list[str]) -> None:
+    """Raise ConfigError when the run's folder holds a run of another config, listing the keys."""
+    if unknown := unknown_keys(cfg, allowed):
+        raise ConfigError(
+            f"--allow-change {unknown[0]}: no such key; expected section.key, one for each --allow-change"
+        )
+    saved = read_saved_config(cfg.run_dir)
+    if saved is None:
+        return
+    if committed_steps(cfg.run_dir / "checkpoints") and (reshaped := _other_shapes(saved, cfg)):
+        begin = f", which may begin with what this one has learned: init={cfg.run_dir}" * isinstance(
+            cfg, FinetuneConfig
+        )
+        raise ConfigError(
+            f"{cfg.run_dir} holds a run of another model, whose checkpoints cannot be read into this one:\n"
+            + "\n".join(f"  {line}" for line in reshaped)
+            + f"\nthese cannot be changed in a run: set them back, or use another run.name{begin}"
+        )
+    wrong = contradictions(saved, cfg.model_dump(mode="json"), allowed)
+    if wrong:
+        raise ConfigError(
+            f"{cfg.run_dir} holds a run of another config:\n"
+            + "\n".join(f"  {line}" for line in wrong)
+            + "\nuse another run.name, set the keys back, or allow each on purpose with --allow-change KEY"
+        )
+
+
+def _other_shapes(saved: dict[str, Any], cfg: RunConfig) -> list[str]:
+    """The keys that differ and that the weights' names and shapes depend on, where these then differ."""
+    try:
+        before = validate(saved, "")
+    except ConfigError:  # of another version of this program: contradictions tells
+        return []
+    if _shapes(before) == _shapes(cfg):
+        return []
+    told = contradictions(saved, cfg.model_dump(mode="json"), [])
+    return [line for line in told if line.startswith(("model.", "lora", "task.kind:", "task.labels:"))]
+
+
+def _shapes(cfg: RunConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: p.shape for name, p in build_model(cfg).named_parameters()}
 
 
 def _refuse_other_tokenizer(cfg: RunConfig, data: RunData) -> None:

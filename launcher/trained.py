@@ -16,7 +16,7 @@ from launcher.config import FinetuneConfig, RunConfig, validate
 from launcher.task_config import ClassifyTask, PreferenceTask, TagTask
 from model.config import ModelConfig
 from model.hf import LabelHead
-from model.hf_folder import DTYPES, is_hf_folder, read_config, read_head, read_model
+from model.hf_folder import CONFIG, DTYPES, is_hf_folder, read_config, read_head, read_model
 from model.hf_model import HfClassifier
 from model.lora import BASE, A, B, LoraConfig, add_adapters, is_adapter, merged, plain_name, within
 from model.network import Network, build_classifier, build_network
@@ -136,6 +136,19 @@ def told_trained(cfg: RunConfig, shapes: Mapping[str, tuple[int, ...]], trained:
     )
 
 
+def told_too_many(cfg: RunConfig, shapes: Mapping[str, tuple[int, ...]], trained: frozenset[str]) -> str:
+    """A warning where LoRA trains more than half as many parameters as the model has without it; else ""."""
+    part = sum(torch.Size(shapes[name]).numel() for name in trained)
+    plain = sum(torch.Size(shape).numel() for name, shape in shapes.items() if not is_adapter(name))
+    lora = lora_of(cfg)
+    if lora is None or 2 * part <= plain:
+        return ""
+    return (
+        f"lora.rank={lora.rank} trains {part:,} parameters, more than half of the model's {plain:,}; lower it, or leave the "
+        "lora section out, which tunes them all"
+    )
+
+
 def open_checkpoint(run_dir: Path, step: int | None, fall_back: bool = False, hashed: bool = True) -> Checkpoint:
     """A checkpoint of a run, every file of it compared with its hash. Nothing in the run's folder is changed.
 
@@ -188,7 +201,14 @@ def load_trained(place: Path, step: int | None, dtype: torch.dtype | None = None
     step: of a run's checkpoint, None for the newest.    dtype: to compute in, None for what the run trained in.
     Raises CheckpointError, ConfigError, DataError or ValueError where it cannot be read.
     """
-    if (place / "checkpoints").is_dir() or not is_hf_folder(place):
+    is_run = (place / "checkpoints").is_dir()
+    if not is_run and not is_hf_folder(place):
+        near = sorted(str(path.parent) for name in ("checkpoints", CONFIG) for path in place.parent.glob(f"*/{name}"))
+        raise CheckpointError(
+            f"{place} is neither a run's folder (with checkpoints/) nor a Hugging Face folder such as launcher/export.py "
+            f"writes (with {CONFIG}); beside it: {', '.join(near) or 'none'}"
+        )
+    if is_run:
         checkpoint = open_checkpoint(place, step, fall_back=True)
         for line in checkpoint.passed_over:
             print(f"{line}; taking step {checkpoint.step}", file=sys.stderr)
@@ -205,6 +225,13 @@ def load_trained(place: Path, step: int | None, dtype: torch.dtype | None = None
         )
     model = read_model(place, cfg, dtype or torch.float32, head)
     return Trained(_placed(model), tokenizer, None, tuple(before_text(tokenizer)), head)
+
+
+def how_to_fill(trained: Trained, place: Path) -> str:
+    """What else to do with a masked model than was asked for."""
+    if trained.checkpoint is None:
+        return f"use transformers.pipeline('fill-mask', model='{place}')"
+    return f"launcher/export.py {place} --output FOLDER, then transformers.pipeline('fill-mask', model='FOLDER')"
 
 
 def _placed(model: Network) -> Network:

@@ -46,6 +46,7 @@ _OURS = {
 _REFUSED = ("sinusoidal_pos_embds", "is_decoder", "add_cross_attention", "chunk_size_feed_forward",
             "quantization_config", "auto_map", "trust_remote_code", "is_encoder_decoder", "problem_type",
             "id2label", "label2id", "num_labels")  # fmt: skip
+_ACTIVATIONS = ("hidden_act", "activation", "activation_function")  # keys that name a function of transformers
 _LABELS = ("problem_type", "id2label", "label2id", "num_labels")  # of a head, which a folder may have
 _OF_HEADS = ("classifier_dropout", "qa_dropout", "seq_classif_dropout", "summary_first_dropout", "summary_last_dropout")
 _NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path", "model_type", "use_cache", "return_dict",
@@ -80,6 +81,10 @@ class HfModelConfig(BaseModel, frozen=True, extra="forbid"):
                 near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(defaults))}"
                 wrong.append(f"model.config.{key}: transformers' {kind} has no such key; {hint}")
+            elif key in _ACTIVATIONS and value not in (known_activations := _activations()):
+                near = difflib.get_close_matches(str(value), known_activations, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}? " if near else ""
+                wrong.append(f"model.config.{key}: got {value!r}; {hint}expected {', '.join(known_activations)}")
         if wrong:
             raise ValueError("\n".join(wrong))
         _counts(self.model_dump_json())  # builds it, without memory
@@ -195,6 +200,12 @@ def _defaults(model_type: str) -> dict[str, Any]:
 
     default = CONFIG_MAPPING[model_type]()
     return default.to_dict() | dict.fromkeys(default.attribute_map)
+
+
+def _activations() -> list[str]:
+    from transformers.activations import ACT2FN
+
+    return sorted(ACT2FN)
 
 
 @functools.lru_cache(maxsize=16)

@@ -280,8 +280,8 @@ def read_state(folder: Path, cfg: ModelConfig | HfModelConfig, head: LabelHead |
     heads = sorted(name for name in state if name.startswith(("score.", "classifier.")))
     if heads and head is None:
         raise ValueError(
-            f"{folder} has a head for labels ({', '.join(heads)}), and a language model is expected here; use the run "
-            "that it was exported from, or transformers"
+            f"{folder} has a head for labels ({', '.join(heads)}), and a language model is expected here; name the one that "
+            "it was tuned from, or, for the same labels again, the run that it was exported from"
         )
     try:
         ours = from_hf_state(cfg, state, head)

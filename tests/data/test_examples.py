@@ -79,7 +79,7 @@ BAD_ROWS = {
     "a number": ("a.jsonl", '{"text": 5, "label": 1}\n', r"line 1: its text is 5; expected a string"),
     "a fraction": ("a.jsonl", '{"text": "x", "label": 0.5}\n', r"line 1: its label is 0.5; expected a string or a whole"),
     "encoding": ("a.tsv", "text\tlabel\n好\t1\n".encode("gb18030"), r"a.tsv, line 2: 0xBA is not UTF-8"),
-    "ending": ("a.doc", "x", r"a.doc: its name does not say what it is; .*\.tsv, \.csv.* set task.format"),
+    "ending": ("a.doc", "x", r"a.doc: its name does not say what it is; .*\.tsv, \.csv.* task.format instead"),
 }  # fmt: skip
 
 

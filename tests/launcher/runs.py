@@ -17,7 +17,7 @@ from parallel.state import KINDS
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent  # deepspeed and torchrun of this environment
-PRETRAIN = "launcher/pretrain.py"
+PRETRAIN, FINETUNE = "launcher/pretrain.py", "launcher/finetune.py"
 INJECT = "tests/faults/inject.py"  # the same with faults in it
 
 RECIPE = """
@@ -101,7 +101,7 @@ def rank_pids(recipe: Path) -> list[int]:
             continue
         # a launcher has the script among its arguments too, but not as the program that Python runs
         program = [word for word in command[1:] if word not in ("-u", "")]
-        if str(recipe) in command and program and program[0] in (PRETRAIN, INJECT):
+        if str(recipe) in command and program and program[0] in (PRETRAIN, FINETUNE, INJECT):
             found.append(int(entry.name))
     return sorted(found)
 
@@ -146,7 +146,8 @@ def final_state(run_dir: Path) -> dict[tuple[str, str], torch.Tensor]:
     """(parameter, kind) -> values, of the newest checkpoint."""
     folder = run_dir / "checkpoints"
     reader = CheckpointReader(folder / f"step-{committed_steps(folder)[-1]:08d}")
-    return {(name, kind): reader.tensor(name, kind) for name in reader.manifest.shapes for kind in KINDS}
+    kept = [(name, kind) for name in reader.manifest.shapes for kind in KINDS if reader.has(name, kind)]
+    return {(name, kind): reader.tensor(name, kind) for name, kind in kept}
 
 
 def assert_same_state(a: Path, b: Path) -> None:

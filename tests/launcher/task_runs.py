@@ -19,7 +19,7 @@ from parallel.checkpoint_writer import CheckpointWriter
 from parallel.config import CheckpointConfig
 from parallel.state import KINDS, Fragment
 from ranks import Alone
-from runs import PRETRAIN, torchrun
+from runs import FINETUNE, PRETRAIN, torchrun
 
 END = "<|endoftext|>"
 CHATML = (
@@ -77,7 +77,7 @@ def write_lines(path: Path, lines: list[dict]) -> str:
 
 
 def tune(ranks: int, *arguments: object) -> list[str]:
-    return [word.replace(PRETRAIN, "launcher/finetune.py") for word in torchrun(ranks, *arguments)]
+    return [word.replace(PRETRAIN, FINETUNE) for word in torchrun(ranks, *arguments)]
 
 
 class Lone:

@@ -112,8 +112,17 @@ def test_text_needs_the_head_that_a_folder_may_not_have(tmp_path):
     folder = make_bert(tmp_path / "m", TEXTS, BertModel)
     recipe = write_recipe(tmp_path, folder, {"kind": "text"})
     cfg = load_finetune_config(str(recipe), ["data.masking={}"])
-    with pytest.raises(ConfigError, match="cls.predictions.bias has no value in it"):
+    with pytest.raises(
+        ConfigError,
+        match=r"cls.predictions.bias has no value in it.*\. A language model begins from one that has its head for tokens",
+    ):
         origin_weights(cfg, Alone())
+
+
+def test_a_kind_that_is_none_is_refused_with_the_nearest(bert, tmp_path):
+    message = "task.kind: got 'clasify'; did you mean classify[?] expected text, chat, preference, classify, tag"
+    with pytest.raises(ConfigError, match=message):
+        load_finetune_config(str(recipe_for(tmp_path, bert)), ["task.kind=clasify"])
 
 
 def change(folder, **changes):

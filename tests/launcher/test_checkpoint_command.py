@@ -35,7 +35,7 @@ def test_list(run_dir, capsys):
     (run_dir / "checkpoints/step-00000003/manifest.json").write_text("{")
     code, text = command(capsys, "list", run_dir)
     assert code == 0
-    assert "step-00000001  0.000 GB  1 files of 1 ranks  ZeRO 1  ?  0 tokens" in text
+    assert "step-00000001  0.000 GB  1 files of 1 ranks  ZeRO 1  ?  0 tokens or other targets" in text
     assert "step-00000003  DAMAGED: " in text
     assert "step-00000002  0.000 GB  no checkpoint: its manifest is gone: its removal was begun" in text
     assert (

@@ -10,7 +10,7 @@ import yaml
 
 from launcher.config import ConfigError, OriginConfig, contradictions, load_config, to_yaml
 from launcher.origin_config import load_finetune_config
-from launcher.run_dir import refuse_other_config
+from launcher.start import refuse_other_config
 from launcher.trained import build_model
 from model.network import build_network
 from parallel.deepspeed_config import check_passthrough
@@ -151,7 +151,8 @@ def test_what_is_wrong_is_said(recipe, overrides, message):
     [
         ("data.corpus=[https://me:hunter2@host", r"data.corpus=\[https://\*\*\*@host: not YAML: .* at line 1, column"),
         ("data.cache.options={secret: hunter2", r"data.cache.options=\*\*\*: not YAML: expected ',' or '}', but got"),
-        ("data.sources=[{kind: texts, storage_options: {secret: hunter2}}]", "data.sources.0: got a mapping; input tag 'te"),
+        ("data.sources=[{kind: texts, storage_options: {secret: hunter2}}]", "0.kind: got 'texts'; did you mean text[?] ex"),
+        ("data.sources=[{paths: hunter2}]", "data.sources.0.kind: missing; it has no default"),
         ("data.sources={corpus: hunter2}", "data.sources: got a mapping; input should be a valid list"),
         ("data.sources=[{kind: text, paths: [s3://b/a], storage_options: {secret: [hunter2]}}]", "got a list; input should"),
         ("data.sources=[{kind: text, paths: [s3://b/a], storage_options: {secret: 1.5}}]", r"got \*\*\*; input should be a"),
@@ -211,7 +212,9 @@ def test_a_broken_recipe_is_refused(tmp_path, text, message):
 
 @pytest.mark.fault(43)
 def test_a_missing_recipe_lists_those_that_exist(tmp_path):
-    with pytest.raises(ConfigError, match=r"cannot read the recipe .*none.yaml: .*recipes here: configs/"):
+    with pytest.raises(
+        ConfigError, match=r"cannot read the recipe .*none.yaml: .*here: configs/.*, configs/finetune/chat.yaml"
+    ):
         load_config(str(tmp_path / "none.yaml"), [])
 
 

@@ -12,7 +12,7 @@ from task_runs import make_tuned_run
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from exports import FAMILIES
-from launcher import export
+from launcher import checkpoint, export
 from launcher.trained import open_checkpoint
 
 LABELS = ["good", "bad", "so so"]
@@ -60,13 +60,21 @@ def test_logits_are_those_of_the_run(family, kind, corpus, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "classify"), ("llama", "tag"), ("bert", "tag")])
-def test_its_card_says_how_to_use_it_and_names_no_place(family, kind, corpus, tmp_path):
-    folder = run_export(make_tuned_run(tmp_path / "runs", corpus, family, TASKS[kind]), tmp_path / "out")
+def test_its_card_says_how_to_use_it_and_names_no_place(family, kind, corpus, tmp_path, capsys):
+    task = TASKS[kind] | ({"word_token": "first"} if family == "bert" else {})
+    run_dir = make_tuned_run(tmp_path / "runs", corpus, family, task)
+    folder = run_export(run_dir, tmp_path / "out")
     card = (folder / "README.md").read_text()
+    assert "\n24 targets, of:\n" in card
+    capsys.readouterr()
+    assert checkpoint.main(["list", str(run_dir)]) == 0
+    assert "  24 targets\n" in capsys.readouterr().out
     assert "fine-tuned from `place` at step 7 (digest 0123)" in card
     assert "secret" not in card
     assert "private" not in card
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    if kind == "tag":
+        assert f"[next(tags) for _ in of_word][{0 if family == 'bert' else -1}]]" in code
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     printed = eval(done.stdout.splitlines()[-1])  # a list of labels
     assert len(printed) == (2 if kind == "classify" else 4)

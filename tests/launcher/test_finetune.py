@@ -42,6 +42,7 @@ def test_stopped_resumed_without_its_origin_ended_early_and_used(corpus, tmp_pat
     no_better = ["--allow-change", "optim.lr", "optim.lr=1e-30"]
     text = run(tune(3, "--config", recipe, "parallel.zero_stage=1", *best, *no_better), log)
     assert "  best by loss/valid: " in text
+    assert f"launcher/generate.py {run_dir} --prompt 'def ' --step 12\n" in text
     assert "  ended before step 24 by eval.patience: loss/valid was not better in 2 evaluations" in text
     finished = Ledger(run_dir).events()[-1]
     assert finished["event"] == "finished"

@@ -77,8 +77,13 @@ def test_bad_requests_are_refused(run_dir, capsys, arguments, message):
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):
-    assert generate.main([str(tmp_path), "--prompt", "x"]) == 2
-    assert f"{tmp_path} is no folder of a run; beside it: " in capsys.readouterr().err
+    (tmp_path / "mine/checkpoints").mkdir(parents=True)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export/config.json").touch()
+    assert generate.main([str(tmp_path / "nothing"), "--prompt", "x"]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/nothing is neither a run's folder (with checkpoints/) nor a Hugging Face folder such as" in said
+    assert f"beside it: {tmp_path}/export, {tmp_path}/mine\n" in said
 
 
 def test_a_damaged_checkpoint_is_named_and_another_taken_only_where_none_was_asked(run_dir, tmp_path, capsys):

@@ -163,7 +163,24 @@ def test_texts_from_files_and_to_a_file(runs, labelled, tmp_path, capsys, monkey
         ("classify", ["--file", "{}/none.txt"], "none.txt"),
         ("classify", ["--file", "{}/t.jsonl"], "t.jsonl, line 1: there is no field 'text', there is 'tokens'"),
         ("classify", ["--file", "{}/t.jsonl", "--field", "tokens"], "t.jsonl, line 1: is 'None'; expected a text"),
-        ("classify", ["--file", "{}/t.conll"], "its name does not say what it is"),
+        (
+            "classify",
+            ["--file", "{}/t.conll"],
+            "a conll file cannot hold what is read; expected one that ends with .tsv, ",
+        ),
+        (
+            "tag",
+            ["--file", "{}/v.tsv"],
+            "v.tsv: a tsv file cannot hold what is read; expected one that ends with .jsonl, ",
+        ),
+        (
+            "tag",
+            ["--file", "{}/v.doc"],
+            "v.doc: its name does not say what it is; expected one that ends with .jsonl, ",
+        ),
+        ("classify", ["--file", "{}/empty.txt", "--field", "x"], "--field x: has no effect on "),
+        ("classify", [*texts("a"), "--field", "x"], "--field x: has no effect on texts of the command line, of which"),
+        ("classify", [*texts("a"), "--output", "{}/no/o.jsonl"], "no/o.jsonl: there is no folder "),
         ("tag", ["--file", "{}/t.jsonl"], "t.jsonl, line 1: is 'None'; expected a text or a list of words"),
         ("tag", ["--file", "{}/w.jsonl"], "w.jsonl, line 1: '' is no word; expected strings with something in them"),
         ("tag", [*texts("a"), "--step", "7"], "has no checkpoint of step 7; it has: 2"),
@@ -172,6 +189,8 @@ def test_texts_from_files_and_to_a_file(runs, labelled, tmp_path, capsys, monkey
 def test_what_cannot_be_labelled_is_refused(runs, tmp_path, capsys, kind, arguments, message):
     (tmp_path / "empty.txt").write_text("x\n\ny\n")
     (tmp_path / "t.conll").write_text("x O\n")
+    for name in ("v.tsv", "v.doc"):
+        (tmp_path / name).write_text("x\ty\n")
     write_lines(tmp_path / "t.jsonl", [{"tokens": None}])
     write_lines(tmp_path / "w.jsonl", [{"tokens": ["a", ""]}])
     arguments = [word.format(tmp_path) for word in arguments]

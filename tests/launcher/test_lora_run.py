@@ -20,7 +20,7 @@ from launcher.origin_config import load_finetune_config
 from launcher.origin_weights import origin_weights
 from launcher.run_dir import Ledger, save_config
 from launcher.saving import checkpoint_bytes
-from launcher.trained import build_model, open_checkpoint, told_trained
+from launcher.trained import build_model, open_checkpoint, told_too_many, told_trained
 from model.init import initial_values
 from model.lora import is_adapter, plain_name
 from parallel.checkpoint import Manifest, read_manifest
@@ -28,7 +28,7 @@ from parallel.checkpoint_writer import CheckpointWriter
 from parallel.config import CheckpointConfig
 from parallel.state import KINDS, Fragment
 from ranks import Alone
-from runs import run
+from runs import assert_same_state, kill, losses, run, start, wait_for_step
 
 TASK = {"kind": "classify", "labels": LABELS, "train": ["t.jsonl"]}
 
@@ -215,6 +215,24 @@ def test_stopped_resumed_without_its_origin_scored_and_exported(origin, tmp_path
     assert [LABELS[i] for i in chosen] == [line["label"] for line in LINES]
 
 
+@pytest.mark.slow
+@pytest.mark.long  # three starts
+def test_killed_and_resumed_equals_never_stopped(origin, tmp_path):
+    """Dropout in the adapters on, blocks recomputed."""
+    file = write_lines(tmp_path / "t.jsonl", LINES)
+    task = {"kind": "classify", "labels": LABELS, "train": [file], "valid": [file]}
+    recipe = with_lora(write_recipe(tmp_path, origin, task, steps=60), rank=4, dropout=0.1)
+    options = ["parallel.zero_stage=2", "parallel.activation_checkpointing=full", "checkpoint.every=5"]
+    command, log = tune(2, "--config", recipe, *options), tmp_path / "log"
+    process = start(command, log)
+    wait_for_step(tmp_path / "runs/tuned", 12, process)
+    kill(recipe, process)
+    assert "resumed from" in run(command, log)
+    run(tune(2, "--config", recipe, *options, "run.name=straight"), log)
+    assert losses(tmp_path / "runs/tuned") == losses(tmp_path / "runs/straight")
+    assert_same_state(tmp_path / "runs/tuned", tmp_path / "runs/straight")
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------------
 
 
@@ -269,3 +287,38 @@ def test_another_section_on_resume_is_refused_key_by_key(change, message, origin
     save_config(cfg)
     assert pretrain.main(["--config", str(recipe), change], finetune.FINETUNE) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lora.rank=4", "lora.rank: was 8, is 4"),
+        ("lora.targets=[wq]", "lora.targets: was None, is ['wq']"),
+        ("task.labels=[a, b]", f"task.labels: was {LABELS}, is ['a', 'b']"),
+    ],
+)
+def test_what_gives_other_weights_is_refused_though_it_is_allowed(change, message, origin, tmp_path, capsys):
+    write_lines(tmp_path / "t.jsonl", LINES)
+    task = {**TASK, "train": [str(tmp_path / "t.jsonl")]}
+    recipe = with_lora(write_recipe(tmp_path, origin, task), rank=8)
+    cfg = load_finetune_config(str(recipe), [])
+    (cfg.run_dir / "checkpoints/step-00000004").mkdir(parents=True)
+    (cfg.run_dir / "checkpoints/step-00000004/manifest.json").write_text("{}")
+    save_config(cfg)
+    allowed = ["--allow-change", "task.labels" if "labels" in change else change.partition("=")[0]]
+    assert pretrain.main(["--config", str(recipe), change, *allowed], finetune.FINETUNE) == 2
+    said = capsys.readouterr().err
+    assert f"whose checkpoints cannot be read into this one:\n  {message}\n" in said
+    assert f"or use another run.name, which may begin with what this one has learned: init={cfg.run_dir}\n" in said
+
+
+def test_a_rank_with_which_most_is_trained_is_told(origin, tmp_path):
+    recipe = with_lora(write_recipe(tmp_path, origin, TASK), rank=40)
+    for rank, told in ((40, True), (4, False)):
+        cfg = load_finetune_config(str(recipe), [f"lora.rank={rank}"])
+        with torch.device("meta"):
+            parameters = dict(build_model(cfg).named_parameters())
+        trained = frozenset(name for name, p in parameters.items() if p.requires_grad)
+        warning = told_too_many(cfg, {name: tuple(p.shape) for name, p in parameters.items()}, trained)
+        expected = "lora.rank=40 trains 65,424 parameters, more than half of the model's 63,840; lower it, or leave the"
+        assert warning.startswith(expected) if told else warning == ""

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from masked_runs import make_corpus, write_recipe
+from task_runs import make_bert
+from task_runs import write_recipe as write_tuning
 from transformers import AutoModelForMaskedLM, pipeline
 
-from launcher import evaluate, export, generate, pretrain
+from launcher import evaluate, export, generate, label, prepare, pretrain
 from launcher.config import ConfigError, load_config
 from launcher.trained import load_trained, open_checkpoint
 from runs import assert_same_state, kill, losses, metrics, run, start, torchrun, wait_for_step
@@ -101,8 +103,26 @@ def test_evaluated_exported_and_filled_in(straight, capsys, tmp_path, monkeypatc
     for place in (straight, folder):
         assert generate.main([str(place), "--prompt", "def "]) == 2
         assert "is a masked model, which fills in hidden tokens and continues no text" in capsys.readouterr().err
+    assert label.main([str(straight), "--text", "x"]) == 2
+    assert (
+        f"gives no labels; launcher/export.py {straight} --output FOLDER, then transformers" in capsys.readouterr().err
+    )
     assert evaluate.main([str(straight), "--data", str(tmp_path / "x.txt")]) == 2
     assert "the loss of a masked model is on hidden tokens of a prepared corpus" in capsys.readouterr().err
+
+
+def test_a_folder_says_what_to_do_with_it(tmp_path, capsys):
+    folder = make_bert(tmp_path / "bert", ["import os"])
+    use = f"use transformers.pipeline('fill-mask', model='{folder}')"
+    assert generate.main([str(folder), "--prompt", "def "]) == 2
+    assert f"fills in hidden tokens and continues no text; {use}" in capsys.readouterr().err
+    assert label.main([str(folder), "--text", "a text"]) == 2
+    assert f"fills in hidden tokens and gives no labels; {use}. For labels tune it" in capsys.readouterr().err
+    for data in ([], ["--data", str(tmp_path / "x.txt")]):
+        assert evaluate.main([str(folder), *data]) == 2
+        assert (
+            "does not say how they were hidden; evaluate the run that it was exported from" in capsys.readouterr().err
+        )
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------------
@@ -111,12 +131,17 @@ def test_evaluated_exported_and_filled_in(straight, capsys, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.masking=null", "data.masking: missing, and model.objective=masked needs it"),
+        ("data.masking=null", "data.masking: missing, and model.objective=masked needs it; data.masking={} hides 15 %"),
         ("data.tokenizer.mask_token=null", "data.tokenizer.mask_token: missing, and a masked model needs a tokenizer"),
         ("data.stream={dataset: text, tokenizer: x}", "data.stream: tokens of raw text cannot be hidden on the way"),
-        ("eval.prompts=[a]", "eval.prompts: a masked model continues no text"),
+        ("eval.prompts=[a]", "eval.prompts: a masked model continues no text; leave them out, or give eval.prompts=[]"),
         ("data.masking.shar=0.2", "data.masking.shar: no such key; did you mean data.masking.share?"),
         ("model.config.hiden_size=3", "transformers' bert has no such key; did you mean hidden_size?"),
+        (
+            "model.config.hidden_act=gelo",
+            "model.config.hidden_act: got 'gelo'; did you mean gelu? expected gelu, gelu_10",
+        ),
+        ("model.config.hidden_act=7", "model.config.hidden_act: got 7; expected gelu, gelu_10"),
         ("model.obective=causal", "model.obective: no such key; did you mean model.objective?"),
         ("model.family=bert", "model.family='bert'; expected hf"),
         ("model.objective=causal", "model.config.model_type='bert' is none that can be trained as a causal model here"),
@@ -146,3 +171,15 @@ def test_a_corpus_without_a_token_for_masks_is_refused(corpus, tmp_path, capsys)
     assert pretrain.main(["--config", str(write_recipe(tmp_path, corpus))]) == 2
     assert "lacks a token for masks, which a masked model needs" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_nothing_is_prepared_with_an_origins_tokenizer_that_has_none(tmp_path, capsys):
+    origin = make_bert(tmp_path / "bert", ["import os"])
+    config = origin / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"mask_token"', '"other"'))
+    recipe = write_tuning(tmp_path, origin, {"kind": "text"})
+    options = ["data.masking={}", f"data.corpus={tmp_path}/corpus", "eval.prompts=[]"]
+    assert prepare.main(["--config", str(recipe), *options]) == 2
+    said = capsys.readouterr().err
+    assert f"prepare: the tokenizer of {origin} lacks a token for masks ({config} names no mask_token), " in said
+    assert not (tmp_path / "corpus").exists()

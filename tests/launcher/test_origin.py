@@ -161,7 +161,14 @@ def test_only_heads_may_be_new_or_dropped(made):
     for changed, message in [
         (shapes | {"blocks.9.attn.wq.weight": (48, 48)}, "blocks.9.attn.wq.weight has no value in it"),
         ({k: v for k, v in shapes.items() if k != "norm.bias"}, "its norm.bias has no place in the model"),
-        (shapes | {"norm.bias": (49,)}, r"its norm.bias is \(48,\), the model's \(49,\)"),
+        (
+            shapes | {"norm.bias": (49,)},
+            r"its norm.bias is \(48,\), the model's \(49,\)\. A language model begins from one",
+        ),
+        (
+            shapes | {"score.weight": (2, 48), "norm.bias": (49,)},
+            r"\(49,\)\. A head for labels begins new from a language",
+        ),
     ]:
         with pytest.raises(ConfigError, match=message):
             match(changed, opened)
@@ -233,6 +240,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(origin, corpus, tmp_path, caps
     told = refused(capsys, write_recipe(tmp_path, origin, corpus))
     assert f"data.corpus={corpus} has the tokenizer " in told
     assert "to which other ids mean other text; prepare a corpus for it" in told
+    assert "A run and its export have two, as they are kept in other files: begin with the one that the corpus" in told
 
 
 def test_an_origin_may_have_any_number_of_rows_beyond_its_tokenizer(made, corpus, tmp_path):

@@ -111,6 +111,7 @@ def test_what_cannot_be_done_is_said_without_a_traceback(recipe, tmp_path, overr
     corpus = [] if "corpus" in override else [f"data.corpus={tmp_path}/corpus"]
     done = run(recipe, *corpus, override.format(folder=tmp_path))
     assert done.returncode == code
+    assert done.stderr.startswith("prepare: ")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -241,7 +241,8 @@ def test_a_head_for_labels_is_named(tmp_path):
     tensors["score.weight"] = tensors.pop("lm_head.weight")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"has a head for labels \(score.weight\), and a language model is expected here"
+        ValueError,
+        match=r"has a head for labels \(score.weight\), and a language model is expected here; name the one",
     ):
         read_model(folder, read_config(folder))
 

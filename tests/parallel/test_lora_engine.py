@@ -1,16 +1,22 @@
 """Adapters beside a frozen model: what trains and what does not, whatever the stage, the ranks and what is recomputed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from test_hf_engine import BERT, documents_of
 
+from launcher.pretrain import train_step
 from model.config import ModelConfig
+from model.hf_model import HfClassifier
 from model.init import initial_values
 from model.lora import LoraConfig, add_adapters, is_adapter, plain_name
+from model.preference import Preference
 from model.transformer import Transformer
 from parallel.checkpoint import CheckpointReader, folder_name
 from parallel.optim import build_adamw
 from parallel.state import KINDS
-from ranks import MODEL, OPTIM, batch_of, build, config_of, run_ranks, run_steps, save, whole_state
+from ranks import ACCUM, BATCH, MODEL, OPTIM, batch_of, build, config_of, run_ranks, run_steps, save, whole_state
 
 LORA = LoraConfig(rank=3, alpha=12.0, targets=["wq", "wv", "w_down"])
 SMALL = MODEL.model_copy(update={"n_layers": 2})
@@ -127,3 +133,80 @@ def test_a_checkpoint_holds_frozen_weights_as_they_compute_and_is_read_at_any_to
     _, again, final = resumed[3]
     assert again == losses
     assert all(torch.equal(final[key], after[key]) for key in after)
+
+
+# -- other models -----------------------------------------------------------------------------------------------------------
+
+
+def tagger(cfg):
+    """A BERT that gives each token one of five labels: adapters, and a head that is trained in full."""
+    model = HfClassifier(cfg, 5, per_token=True)
+    heads = tuple(name for name, _ in model.named_parameters() if model.is_head(name))
+    return add_adapters(model, LoraConfig(rank=3, alpha=12.0), heads)
+
+
+def pair_model(cfg):
+    return add_adapters(Preference(cfg, 0.5), LORA, ())
+
+
+OTHERS = {"tagger": (BERT, tagger), "pairs": (SMALL, pair_model)}
+
+
+def batch_for(kind, mesh, step, accum=ACCUM):
+    batch = batch_of(mesh, step, accum)
+    if kind == "tagger":
+        targets = torch.where(batch.targets >= 0, batch.targets % 5, batch.targets)
+        return replace(batch, targets=targets, documents=documents_of(batch))
+    halves = (torch.arange(SMALL.seq_len) >= SMALL.seq_len // 2).int().expand_as(batch.tokens).contiguous()
+    reference = torch.randn(BATCH, 2, generator=torch.Generator().manual_seed(step))[torch.from_numpy(batch.samples)]
+    return replace(batch, documents=halves, reference=reference, n_targets=BATCH)
+
+
+def train_others(mesh):
+    """kind -> (losses and gradient norms, state)"""
+    results = {}
+    for kind, (cfg, build_model) in OTHERS.items():
+        engine = build(mesh, config_of(2, "fp32", "none"), cfg, build_model=build_model)
+        losses = []
+        for step in range(STEPS):
+            batch = batch_for(kind, mesh, step)
+            stats = train_step(engine, batch, batch.n_targets, OPTIM.lr)
+            losses.append((stats.loss, stats.update.grad_norm))
+        results[kind] = losses, whole_state(engine)
+        engine.close()
+    return results
+
+
+def plain_other(kind):
+    cfg, build_model = OTHERS[kind]
+    model, losses = build_model(cfg), []
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(initial_values(plain_name(name), p.shape, cfg, 5).view(p.shape))
+    optimizer = build_adamw(model.named_parameters(), OPTIM, checked=False)
+    for step in range(STEPS):
+        batch = batch_for(kind, One, step, accum=1)
+        every = (batch.tokens, batch.targets, batch.documents, batch.reference)
+        loss = model(*(part[0] for part in every if part is not None)) / batch.n_targets
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((loss.item(), norm.item()))
+    return losses, model
+
+
+@pytest.mark.slow
+def test_a_bert_with_a_head_and_pairs_of_answers_train_as_in_a_plain_process():
+    trained = run_ranks(2, train_others)[0]
+    for kind in OTHERS:
+        (losses, state), (plain_losses, model) = trained[kind], plain_other(kind)
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(plain_losses), rtol=1e-5, atol=1e-5)
+        parameters = dict(model.named_parameters())
+        for name, p in parameters.items():
+            expected = p.detach().flatten()
+            torch.testing.assert_close(state[name, "weight"], expected, rtol=1e-5, atol=1e-5, msg=f"{kind}: {name}")
+        updated = {name for name, of in state if of != "weight"}
+        assert updated == {name for name, p in parameters.items() if p.requires_grad}
+        assert any(map(is_adapter, updated))
+        assert any(not is_adapter(name) for name in updated) == (kind == "tagger")

@@ -42,11 +42,11 @@ def linear_distillation(
 
     def beside(here: slice, logits: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:
         ours, target = (
-            torch.log_softmax(each.to(wide) / teacher.temperature, dim=-1)
+            torch.log_softmax(each.to(wide, copy=True).div_(teacher.temperature), dim=-1)
             for each in (logits[:, : teacher.n_ids], F.linear(rows[here], head))
         )  # (C, n) each
         probs = target.exp()
-        of_chunk = (probs * (target - ours)).masked_fill(ignored, 0).sum()
+        of_chunk = target.sub_(ours).mul_(probs).masked_fill_(ignored, 0).sum()
         kl.add_(of_chunk)
         # The gradient with respect to logits / temperature is softmax - probs, and the loss has temperature^2.
         grad_logits = ours.exp_().sub_(probs).mul_(teacher.share * teacher.temperature)

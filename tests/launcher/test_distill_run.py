@@ -12,6 +12,7 @@ from task_runs import Lone, make_origin, make_tuned_run, tune
 from exports import LLAMA, SIZES, change_config
 from launcher import check, evaluate, model_card, pretrain
 from launcher.config import ConfigError, load_config, validate
+from launcher.import_hf import load_import_config, open_folder
 from launcher.origin import open_origin
 from launcher.origin_config import load_finetune_config
 from launcher.run_dir import Ledger, refuse_other_config, save_config
@@ -172,6 +173,15 @@ def test_a_run_holds_to_the_step_that_it_learned_from(teacher, corpus, recipe, t
     moved = with_teacher(load_config(str(recipe), [f"distill.teacher={tmp_path / 'moved'}"]))
     assert moved.distill.origin == cfg.distill.origin
     refuse_other_config(moved, [])
+
+
+def test_an_imported_run_has_its_teacher_from_the_beginning(tmp_path):
+    folder, path = make_origin(tmp_path / "hf", ["a text"]), tmp_path / "more.yaml"
+    train = {"steps": 9000, "global_batch_size": 8}
+    raw = {"run": {"name": "more"}, "data": {"corpus": "-"}, "train": train, "distill": {"teacher": str(folder)}}
+    path.write_text(yaml.safe_dump(raw))
+    cfg, _ = load_import_config(str(path), [], open_folder(str(folder)))
+    assert cfg.distill.origin == open_origin(str(folder)).identity()
 
 
 def test_an_old_run_that_says_nothing_of_a_teacher_goes_on(corpus, tmp_path):

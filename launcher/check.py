@@ -29,6 +29,7 @@ from launcher.run_dir import RunDirError, prepare_run_dir, read_saved_config
 from launcher.saving import checkpoint_bytes
 from launcher.start import check_run, is_finished, refuse_stop_behind
 from launcher.task_config import TextTask
+from launcher.teacher import with_teacher
 from parallel.checkpoint import committed_steps
 
 
@@ -56,7 +57,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def check_training(args: argparse.Namespace, cfg: RunConfig) -> dict[str, Any]:
-    command = command_for(args.config)
+    command, cfg = command_for(args.config), with_teacher(cfg)
     check_run(cfg, args.allow_change, args.ranks, command)
     if not args.write_nothing:
         prepare_run_dir(cfg, checkpoint_bytes(cfg, command.build_model))

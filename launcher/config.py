@@ -121,6 +121,26 @@ class EvalConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return (self.keep_best or "").startswith("loss/")
 
 
+class OriginConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Which trained model a run began with or learns from: found from its name, kept with the run and held to ever after."""
+
+    step: NonNegativeInt | None = None  # of the run's checkpoint; None for a Hugging Face folder
+    digest: (
+        str  # xxh3-128 of what the checkpoint's manifest says, which has every file's hash; or of the folder's files
+    )
+    tokenizer: str  # fingerprint
+    model: AnyModelConfig
+
+
+class DistillConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """A larger model that the run learns from beside its text; see model/distill.py."""
+
+    teacher: str  # runs/NAME, runs/NAME@STEP, a Hugging Face folder or hf://ORG/NAME, with the tokenizer of the data
+    weight: float = Field(0.5, gt=0, le=1, allow_inf_nan=False)  # of the teacher in the loss; the rest is the text's
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)  # of both distributions
+    origin: OriginConfig | None = None  # of the teacher; None: not opened yet, see launcher/teacher.py
+
+
 class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """The whole of it. A section is declared beside its owner."""
 
@@ -133,6 +153,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
+    distill: DistillConfig | None = None
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -151,6 +172,11 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"do not fit into train.steps={self.train.steps}; make them at most {self.train.steps} together"
             )
         wrong += self._wrong_of_masking()
+        if self.distill is not None and isinstance(self.model, HfModelConfig):
+            wrong.append(
+                f"distill: got model.family=hf, objective={self.model.objective}; only Longhaul's own decoder (a GPT-2, a "
+                "Llama, a Qwen3) learns from a teacher: leave distill out"
+            )
         bad_steps = self.train.bad_steps
         if bad_steps.may_rewind and self.data.stream is not None:
             wrong.append(
@@ -204,7 +230,10 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     @property
     def begun_with(self) -> dict[str, Any]:
         """What the ledger says of weights that were there before the run."""
-        return {}
+        if self.distill is None or self.distill.origin is None:
+            return {}
+        found = self.distill.origin
+        return {"teacher": self.distill.teacher, "teacher_step": found.step, "teacher_digest": found.digest}
 
     @property
     def what_counts(self) -> str:
@@ -213,8 +242,10 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     @property
     def flops_per_token(self) -> int:
-        """Floating point operations of forward and backward for one token."""
-        return self.model.flops_per_token(self.model.seq_len)
+        """Floating point operations for one token: of forward and backward, and of a teacher's forward, a third of both."""
+        own = self.model.flops_per_token(self.model.seq_len)
+        teacher = self.distill.origin if self.distill is not None else None
+        return own if teacher is None else own + teacher.model.flops_per_token(self.model.seq_len) // 3
 
     @property
     def global_batch_size(self) -> int:
@@ -245,17 +276,6 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return batch // unit
 
 
-class OriginConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """Which weights a fine-tuned run began with: found from `init`, kept with the run and held to ever after."""
-
-    step: NonNegativeInt | None = None  # of the run's checkpoint; None for a Hugging Face folder
-    digest: (
-        str  # xxh3-128 of what the checkpoint's manifest says, which has every file's hash; or of the folder's files
-    )
-    tokenizer: str  # fingerprint
-    model: AnyModelConfig
-
-
 class FinetuneConfig(RunConfig, frozen=True, extra="forbid", strict=True):
     """Of launcher/finetune.py. The model section comes from the origin; see launcher/origin_config.py."""
 
@@ -281,6 +301,11 @@ class FinetuneConfig(RunConfig, frozen=True, extra="forbid", strict=True):
                 f"task.kind: got {kind}, and the model is of family hf and causal, for which there is no head here; begin "
                 "with a model of Longhaul's own decoder (export it, and name the folder), or with a masked one"
             )
+        if self.distill is not None and kind not in ("text", "chat"):
+            raise ValueError(
+                f"distill: got task.kind={kind}; a teacher tells the next token, which text and chat alone learn: leave "
+                "distill out"
+            )
         if self.lora is not None and (added := self.data.tokenizer.add_tokens):
             raise ValueError(
                 f"data.tokenizer.add_tokens: got {added} with lora, which would leave their rows at the mean of the others; "
@@ -290,7 +315,8 @@ class FinetuneConfig(RunConfig, frozen=True, extra="forbid", strict=True):
 
     @property
     def begun_with(self) -> dict[str, Any]:
-        return {"init": self.init, "origin_step": self.origin.step, "origin_digest": self.origin.digest}
+        own = {"init": self.init, "origin_step": self.origin.step, "origin_digest": self.origin.digest}
+        return {**own, **super().begun_with}
 
     @property
     def flops_per_token(self) -> int:
@@ -488,7 +514,7 @@ def to_yaml(cfg: RunConfig) -> str:
 _MAY_CHANGE = ("parallel.", "checkpoint.", "log.", "eval.", "train.micro_batch_size", "train.stop_at", "train.bad_steps.",
                "run.folder", "run.name", "data.workers", "data.stream.workers", "data.corpus", "data.cache.", "data.on_bad",
                "data.max_bad", "data.max_document_bytes", "data.shard_bytes", "data.valid_fraction",
-               "task.train", "task.valid")  # fmt: skip
+               "task.train", "task.valid", "distill.teacher")  # fmt: skip
 
 
 def unknown_keys(cfg: RunConfig, keys: list[str]) -> list[str]:

@@ -27,6 +27,7 @@ from launcher.origin_weights import match_model
 from launcher.redaction import hide
 from launcher.run_dir import Ledger
 from launcher.staging import StagingError, check_absent, staging_for
+from launcher.teacher import with_teacher
 from launcher.trained import build_plain
 from model.hf_folder import CONFIG, is_hf_folder
 from parallel.checkpoint import Manifest
@@ -67,7 +68,7 @@ def load_import_config(path: str, overrides: list[str], opened: FolderOrigin) ->
     put_in_model(raw, path, str(opened), origin.model, tokenizer)
     cfg = validate(raw, path)
     raw["data"]["tokenizer"] = tokenizer_section(origin.tokenizer) | {"path": str(cfg.run_dir / "tokenizer")}
-    return validate(raw, path), origin
+    return with_teacher(validate(raw, path)), origin
 
 
 def shapes_of(opened: Origin, cfg: RunConfig) -> tuple[dict[str, tuple[int, ...]], list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from data.fast_tokenizer import SENTENCEPIECE
-from launcher.config import FinetuneConfig, RunConfig
+from launcher.config import FinetuneConfig, OriginConfig, RunConfig
 from launcher.redaction import hide
 from launcher.run_dir import Ledger
 from launcher.task_config import ChatTask, ClassifyTask, PreferenceTask, TagTask, TextTask
@@ -210,15 +210,25 @@ def _losses(logits: dict[str, Any]) -> str:
 
 
 def _made(checkpoint: Checkpoint) -> str:
+    made, distill = _begun(checkpoint), checkpoint.cfg.distill
+    if distill is None or distill.origin is None:
+        return made
+    return f"{made} while learning from {_named(distill.teacher, distill.origin)}"
+
+
+def _named(place: str, origin: OriginConfig) -> str:
+    name = re.sub(r"@\d+$", "", os.path.basename(place.rstrip("/")))  # no path of this machine
+    return f"`{name}`{'' if origin.step is None else f' at step {origin.step:,}'} (digest {origin.digest})"
+
+
+def _begun(checkpoint: Checkpoint) -> str:
     cfg = checkpoint.cfg
     if (imported := Ledger(checkpoint.run_dir).imported()) is not None:
         origin = os.path.basename(str(imported["place"]).rstrip("/"))
         return f"pretrained from the weights of `{origin}` (digest {imported['digest']})"
     if not isinstance(cfg, FinetuneConfig):
         return "pretrained"
-    origin = re.sub(r"@\d+$", "", os.path.basename(cfg.init.rstrip("/")))  # no path of this machine
-    step = "" if cfg.origin.step is None else f" at step {cfg.origin.step:,}"
-    return f"fine-tuned from `{origin}`{step} (digest {cfg.origin.digest})"
+    return f"fine-tuned from {_named(cfg.init, cfg.origin)}"
 
 
 def _does(cfg: RunConfig) -> str:

@@ -70,13 +70,13 @@ class Origin(ABC):
 class RunOrigin(Origin):
     """A checkpoint of a run."""
 
-    def __init__(self, place: Path, step: int | None) -> None:
+    def __init__(self, place: Path, step: int | None, key: str) -> None:
         """Raises ConfigError where it cannot be used; hashes are compared later, by all ranks."""
         try:
             self._checkpoint = open_checkpoint(place, step, hashed=False)
         except CheckpointError as error:
             raise ConfigError(
-                f"init: {error}".replace("choose another with --step", "name another as init: RUN@STEP")
+                f"{key}: {error}".replace("choose another with --step", f"name another as {key}: RUN@STEP")
             ) from None
         self.place, self.step, self.model = place, self._checkpoint.step, self._checkpoint.cfg.model
         self.shapes = self._checkpoint.shapes
@@ -102,21 +102,21 @@ class FolderOrigin(Origin):
 
     step = None
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, key: str) -> None:
         """Raises ConfigError where it cannot be used."""
         self.place = place
-        _refuse_remote_code(place)
+        _refuse_remote_code(place, key)
         try:
             self.model = read_config(place)
             self._state = read_state(place, self.model)  # mapped into memory, not read yet
         except ValueError as error:
-            raise ConfigError(f"init: {error}") from None
+            raise ConfigError(f"{key}: {error}") from None
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
         if isinstance(self.model, ModelConfig) and self.model.tie_embeddings:
             del self.shapes[HEAD]  # which is embed.weight
         if self.tokenizer.vocab_size > self.model.vocab_size:
             raise ConfigError(
-                f"init: the tokenizer of {place} has {self.tokenizer.vocab_size} ids, its {CONFIG} says vocab_size="
+                f"{key}: the tokenizer of {place} has {self.tokenizer.vocab_size} ids, its {CONFIG} says vocab_size="
                 f"{self.model.vocab_size}; they are not of one model"
             )
 
@@ -210,27 +210,30 @@ def _sampled_hash(path: Path) -> str:
     return sampled.hexdigest()
 
 
-def open_origin(init: str, step: int | None = None) -> Origin:
-    """What `init` names.    step: of a run, where init names none. Raises ConfigError or DataError."""
+def open_origin(init: str, step: int | None = None, key: str = "init") -> Origin:
+    """What `init` names.    step: of a run, where init names none.    key: of the recipe, for messages.
+
+    Raises ConfigError or DataError.
+    """
     if init.startswith(HUB):
         try:
-            return FolderOrigin(fetch(init.removeprefix(HUB)))
+            return FolderOrigin(fetch(init.removeprefix(HUB)), key)
         except ValueError as error:
-            raise ConfigError(f"init: {error}") from None
+            raise ConfigError(f"{key}: {error}") from None
     place, found = Path(init), re.fullmatch(r"(.+)@(\d+)", init)
     if found and not place.exists():
         place, step = Path(found[1]), int(found[2])
     if (place / "checkpoints").is_dir():
-        return RunOrigin(place, step)
+        return RunOrigin(place, step, key)
     if is_hf_folder(place):
         if found and step is not None and not Path(init).exists():
-            raise ConfigError(f"init={init}: {place} is a Hugging Face folder and has no steps; leave @{step} out")
-        return FolderOrigin(place)
+            raise ConfigError(f"{key}={init}: {place} is a Hugging Face folder and has no steps; leave @{step} out")
+        return FolderOrigin(place, key)
     near = sorted(
         str(path.parent) for path in (place.parent if place.parent.is_dir() else Path("runs")).glob("*/checkpoints")
     )
     raise ConfigError(
-        f"init={init} is neither a run's folder (with checkpoints/) nor a Hugging Face folder (with {CONFIG}); runs there: "
+        f"{key}={init} is neither a run's folder (with checkpoints/) nor a Hugging Face folder (with {CONFIG}); runs there: "
         f"{', '.join(near) or 'none'}. A model of the hub is {HUB}ORG/NAME"
     )
 
@@ -241,13 +244,13 @@ def origin_of(cfg: FinetuneConfig) -> Origin:
     return GrownOrigin(opened, tokens) if tokens else opened
 
 
-def _refuse_remote_code(place: Path) -> None:
+def _refuse_remote_code(place: Path, key: str) -> None:
     try:
         asks = json.loads((place / CONFIG).read_bytes()).get("auto_map")
     except (OSError, ValueError, AttributeError):
         return  # read_config tells
     if asks:
         raise ConfigError(
-            f"init: {place / CONFIG} demands code of its own (auto_map), which is never run; its weights may mean something "
-            "else to it"
+            f"{key}: {place / CONFIG} demands code of its own (auto_map), which is never run; its weights may mean "
+            "something else to it"
         )

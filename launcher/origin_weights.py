@@ -27,24 +27,7 @@ def origin_weights(cfg: FinetuneConfig, mesh: Mesh) -> Initial:
     Raises ConfigError, on all of them, where the origin is damaged, or another than the config's, or a weight of the new
     model would have no value.
     """
-    opened, wrong = None, ""
-    try:
-        opened = origin_of(cfg)
-        if opened.digest != cfg.origin.digest:
-            wrong = (
-                f"{opened} is not what the run is to begin with: its digest is {opened.digest}, not {cfg.origin.digest}"
-            )
-    except (ConfigError, DataError, OSError) as error:
-        wrong = f"rank {mesh.rank}: {error}"
-    if told := next(filter(None, mesh.gather(wrong)), None):
-        raise ConfigError(told)
-    assert opened is not None
-    try:
-        damaged = opened.faults(mesh)
-    except CheckpointError as error:  # the same on every rank
-        raise ConfigError(f"init={cfg.init}: {error}") from None
-    if damaged:
-        raise ConfigError(f"init={cfg.init}: {opened} is damaged: {damaged[0]}; name another as init: RUN@STEP")
+    opened = open_whole(lambda: origin_of(cfg), cfg.origin.digest, "init", cfg.init, mesh)
     with torch.device("meta"):
         model, whole = build_plain(cfg), build_model(cfg)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -54,6 +37,30 @@ def origin_weights(cfg: FinetuneConfig, mesh: Mesh) -> Initial:
         n_adapters = sum(is_adapter(name) for name, _ in whole.named_parameters())
         lines.append(f"  new beside them: {n_adapters} matrices of LoRA, rank {lora.rank}, that add 0 as yet")
     return Initial(_reader(cfg, opened, new), tuple(lines))
+
+
+def open_whole(open_it: Callable[[], Origin], digest: str, key: str, name: str, mesh: Mesh) -> Origin:
+    """An origin that all ranks find to be the one of this digest, and undamaged. All ranks call it.
+
+    key, name: of the recipe, for messages. Raises ConfigError, on all of them.
+    """
+    opened, wrong = None, ""
+    try:
+        opened = open_it()
+        if opened.digest != digest:
+            wrong = f"{opened} is not the one that the run names: its digest is {opened.digest}, not {digest}"
+    except (ConfigError, DataError, OSError) as error:
+        wrong = f"rank {mesh.rank}: {error}"
+    if told := next(filter(None, mesh.gather(wrong)), None):
+        raise ConfigError(told)
+    assert opened is not None
+    try:
+        damaged = opened.faults(mesh)
+    except CheckpointError as error:  # the same on every rank
+        raise ConfigError(f"{key}={name}: {error}") from None
+    if damaged:
+        raise ConfigError(f"{key}={name}: {opened} is damaged: {damaged[0]}; name another as {key}: RUN@STEP")
+    return opened
 
 
 def match_model(model: Network, shapes: dict[str, tuple[int, ...]], origin: Origin) -> tuple[list[str], list[str]]:

@@ -44,6 +44,7 @@ from launcher.saving import Progress, Saves, checkpoint_bytes, never_saved, resu
 from launcher.signals import StopFlag, signal_name
 from launcher.start import PRETRAIN, Command, check, is_finished, open_again, parse_arguments, refuse_stop_behind
 from launcher.stragglers import Stragglers
+from launcher.teacher import load_teacher, parts_of_loss, teach, told_teacher
 from launcher.trained import Initial, told_too_many, told_trained
 from launcher.watchdog import ALLOWANCE_S, Watchdog, is_effect
 from parallel import device
@@ -150,7 +151,8 @@ def train(
             stopped_by, failures = vote.result()  # every rank leaves at the same step
             last = progress.step == cfg.train.steps
             if due(progress.step, cfg.log.every) or last:
-                log_step(cfg, mesh, metrics, progress, stats, clock, stragglers.look(progress.step))
+                also = {**stragglers.look(progress.step), **parts_of_loss(engine, stats.loss, n_targets)}
+                log_step(cfg, mesh, metrics, progress, stats, clock, also)
                 if metrics is not None:
                     metrics.write(progress.step, data.progress(batch.span[1]))
                 clock = Clock()
@@ -340,6 +342,8 @@ def announce(
         log.info("  %s", told_trained(cfg, engine.shapes, engine.trained))
         if warning := told_too_many(cfg, engine.shapes, engine.trained):
             log.warning("%s", warning)
+    if cfg.distill is not None:
+        log.info("  %s", told_teacher(cfg))
     lines, warnings = data.announce((cfg.train.steps - progress.step) * cfg.global_batch_size)
     for line in lines:
         log.info("  %s", line)
@@ -367,9 +371,9 @@ def log_step(
     progress: Progress,
     stats: Stats,
     clock: Clock,
-    ranks: dict[str, float],
+    also: dict[str, float],
 ) -> None:
-    """The numbers of this step, and the speed since the last logged one; ranks: how they compare."""
+    """The numbers of this step, and the speed since the last logged one; also: how ranks compare, parts of the loss."""
     if metrics is None:
         return
     tokens_per_s = clock.tokens / clock.step_s
@@ -387,7 +391,7 @@ def log_step(
         "speed/median_step_time_s": clock.usual_step_s,
         "speed/data_wait_s": clock.data_wait_s / clock.steps,
         "system/peak_host_mem_gib": peak_host_mem_gib(),
-        **ranks,
+        **also,
     }
     if (peak := peak_flops(device.name(), cfg.parallel.precision)) is not None:
         values["speed/mfu"] = flops / peak
@@ -502,9 +506,11 @@ def run(cfg: RunConfig, place: Place, data: RunData, lease: Lease | None, comman
         agree_on_start(mesh, cfg, left_out)
         agree_on_folder(mesh, cfg, lease)
         initial = command.initial(cfg, mesh) if never_saved(cfg, mesh) else None
+        teacher = load_teacher(cfg, mesh)
         watch = Watchdog(mesh, cfg.parallel.timeout_s, stop, tell)
         try:
             engine = build_engine(cfg, mesh, command)
+            teach(engine, teacher)
             mesh.set_timeout(cfg.parallel.timeout_s + max(ALLOWANCE_S.values()) + WATCHED_S)
             while True:
                 try:

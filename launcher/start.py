@@ -26,6 +26,7 @@ from launcher.metrics import MetricsLog
 from launcher.run_data import RunData, open_data
 from launcher.run_dir import Ledger, read_saved_config
 from launcher.saving import Progress, fresh_weights
+from launcher.teacher import with_teacher
 from launcher.trained import Initial, build_model
 from model.hf_config import is_masked
 from parallel.checkpoint import CheckpointError, Manifest, committed_steps, folder_name, read_manifest
@@ -94,7 +95,7 @@ def parse_arguments(argv: list[str], command: Command = PRETRAIN) -> argparse.Na
 
 def check(args: argparse.Namespace, command: Command = PRETRAIN) -> tuple[RunConfig, Place, RunData]:
     """Everything that can be refused before a process group or a model exists."""
-    cfg = command.load(args.config, args.overrides)
+    cfg = with_teacher(command.load(args.config, args.overrides))
     place = place_from_environment(os.environ)
     check_device(cfg.parallel.precision)
     device_index(place)
@@ -166,7 +167,14 @@ def _shapes(cfg: RunConfig) -> dict[str, torch.Size]:
 
 
 def _refuse_other_tokenizer(cfg: RunConfig, data: RunData) -> None:
-    """Raise ConfigError where the run was imported, with a tokenizer that is not that of its data."""
+    """Raise ConfigError where the run was imported, or learns from a teacher, of another tokenizer than its data's."""
+    teacher = cfg.distill.origin if cfg.distill is not None else None
+    if cfg.distill is not None and teacher is not None and teacher.tokenizer != data.tokenizer.fingerprint:
+        raise ConfigError(
+            f"distill.teacher={cfg.distill.teacher} was trained with the tokenizer {teacher.tokenizer}, the data has "
+            f"{data.tokenizer.fingerprint}, to which other ids mean other text; name another teacher, or "
+            "prepare the text with the teacher's"
+        )
     own = cfg.run_dir / "tokenizer"
     if Ledger(cfg.run_dir).imported() is None:
         return  # its first save holds it to its data

@@ -15,6 +15,7 @@ from data.tokenizer import Tokenizer
 from launcher.config import FinetuneConfig, RunConfig, validate
 from launcher.task_config import ClassifyTask, PreferenceTask, TagTask
 from model.config import ModelConfig
+from model.distill import Student
 from model.hf import LabelHead
 from model.hf_folder import CONFIG, DTYPES, is_hf_folder, read_config, read_head, read_model
 from model.hf_model import HfClassifier
@@ -47,6 +48,9 @@ def build_plain(cfg: RunConfig) -> Network:
     if isinstance(cfg, FinetuneConfig) and isinstance(cfg.task, PreferenceTask):
         assert isinstance(cfg.model, ModelConfig), "the config saw to it"
         return Preference(cfg.model, cfg.task.beta)
+    if cfg.distill is not None:
+        assert isinstance(cfg.model, ModelConfig), "the config saw to it"
+        return Student(cfg.model)
     return build_network(cfg.model)
 
 
@@ -102,7 +106,7 @@ class Checkpoint:
     def model(self, rounded_to: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32) -> Network:
         """The model as it was trained, in eval mode, computing in `dtype` with weights that were rounded to `rounded_to`
         before."""
-        return _filled(build_model(self.cfg).to(dtype), self.reader.tensor, rounded_to)
+        return filled(build_model(self.cfg).to(dtype), self.reader.tensor, rounded_to)
 
     def merged_model(self, rounded_to: torch.dtype = torch.float32) -> Network:
         """The model with its adapters merged into its weights, else as `model` gives it."""
@@ -111,11 +115,12 @@ class Checkpoint:
             shape = torch.Size(self.shapes[name])
             return self.read_weight(name, 0, shape.numel()).view(shape)
 
-        return _filled(build_plain(self.cfg), read, rounded_to)
+        return filled(build_plain(self.cfg), read, rounded_to)
 
 
 @torch.no_grad()
-def _filled(model: Network, read: Callable[[str], Tensor], rounded_to: torch.dtype) -> Network:
+def filled(model: Network, read: Callable[[str], Tensor], rounded_to: torch.dtype) -> Network:
+    """The model, in eval mode, with the values that `read` has of each parameter."""
     for name, parameter in model.named_parameters():
         parameter.copy_(read(name).to(rounded_to))
     return model.eval()

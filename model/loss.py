@@ -5,6 +5,7 @@ the rest of the step needs. Here a chunk of tokens at a time is taken through th
 at once while its probabilities are at hand, so nothing of size tokens x vocabulary is kept or computed twice.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # N tokens, D d_model, V vocab, C tokens of one chunk
+
+# A further loss of the same logits: (tokens of the chunk, their logits (C, V), which are ignored (C, 1)) -> (its sum, its
+# gradient with respect to the first n logits (C, n)), both in fp32. Rows that are ignored may have any gradient.
+Beside = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 IGNORE_INDEX = -100  # a target that is not counted: torch's and transformers' convention
 
@@ -33,13 +38,20 @@ def chunk_tokens_for(vocab_size: int, device: torch.device) -> int:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None, bias: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk_tokens: int | None = None,
+    bias: Tensor | None = None,
+    share: float = 1.0,
+    beside: Beside | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies, in nats, of softmax(hidden @ weight.T + bias) against `targets`.
 
     hidden: (..., D), any float type.   weight: (V, D), the same type.   targets: (...) int64, IGNORE_INDEX not counted.
     bias: (V,), the same type; None: no bias.
     chunk_tokens: tokens at a time; None picks by vocabulary and device. It changes memory and rounding only.
+    share, beside: what the cross-entropies are multiplied by, and a loss that is added then.
     Returns a scalar, fp32 (fp64 for fp64 inputs); 0 when every target is ignored. Logits are computed in the inputs'
     type (under autocast: in its type), softmax and sums in fp32. It can be differentiated once.
     """
@@ -55,6 +67,8 @@ def linear_cross_entropy(
         targets.reshape(-1),
         chunk_tokens or chunk_tokens_for(weight.shape[0], hidden.device),
         torch.is_grad_enabled(),  # inside a Function's forward it is always off
+        share,
+        beside,
     )
     return loss
 
@@ -69,6 +83,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         chunk_tokens: int,
         grad_enabled: bool,
+        share: float,
+        beside: Beside | None,
     ) -> Tensor:
         hidden_needs_grad, weight_needs_grad, bias_needs_grad = (grad_enabled and n for n in ctx.needs_input_grad[:3])
         n_tokens = hidden.shape[0]
@@ -84,14 +100,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             here = slice(start, min(start + chunk_tokens, n_tokens))
             logits = hidden[here] @ weight.T if bias is None else torch.addmm(bias, hidden[here], weight.T)
             log_probs = torch.log_softmax(logits, dim=-1, dtype=wide)  # (C, V)
+            more = None if beside is None else beside(here, logits, ignored[here])
             del logits
             picked = log_probs.gather(1, picks[here])  # (C, 1)
-            loss -= picked.masked_fill(ignored[here], 0).sum()
+            loss -= picked.masked_fill(ignored[here], 0).sum() * share
+            if more is not None:
+                loss += more[0]
             if not (hidden_needs_grad or weight_needs_grad or bias_needs_grad):
                 continue
             # The gradient with respect to the logits is softmax - one_hot.
-            grad_logits = log_probs.exp_().scatter_(1, picks[here], picked.expm1()).to(weight.dtype)  # (C, V)
-            del log_probs
+            grad_logits = log_probs.exp_().scatter_(1, picks[here], picked.expm1())  # (C, V)
+            if more is not None:
+                grad_logits.mul_(share)[:, : more[1].shape[1]] += more[1]
+            grad_logits = grad_logits.to(weight.dtype)
+            del log_probs, more
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[here])
             if grad_bias is not None:
@@ -124,4 +146,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = torch.empty_like(ctx.grad_weight, dtype=ctx.dtype)
             torch.mul(ctx.grad_weight, grad_loss, out=grad_weight)
         grad_bias = None if ctx.grad_bias is None else (ctx.grad_bias * grad_loss).to(ctx.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, *[None] * 5

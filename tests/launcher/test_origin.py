@@ -296,7 +296,7 @@ def test_a_folder_that_is_not_what_it_says_is_refused(folder, corpus, tmp_path, 
 def test_an_origin_that_changes_before_the_start_is_refused(origin, corpus, tmp_path):
     cfg = load_finetune_config(write_recipe(tmp_path, origin, corpus), [])
     change_config(origin, 2, run={"seed": 9})
-    with pytest.raises(ConfigError, match="is not what the run is to begin with: its digest is"):
+    with pytest.raises(ConfigError, match="is not the one that the run names: its digest is"):
         origin_weights(cfg, Alone())
 
 

@@ -46,13 +46,13 @@ from model.config import ModelConfig
 from model.hf_config import HfModelConfig, is_masked, to_transformers
 from model.hf_folder import (
     DTYPES,
-    ReadRange,
     logits_of_transformers,
     plan_files,
     read_config,
     write_configs,
     write_weights,
 )
+from model.hf_tensors import ReadRange
 from model.network import Network
 from parallel.checkpoint import CheckpointError, file_hash
 
@@ -258,7 +258,7 @@ def export(
                 "Longhaul or of the installed transformers; nothing was written"
             )
         report = report_of(checkpoint, cfg, dtype_name, architecture, exported, comparison, origin)
-        report["parameters"] = sum(math.prod(entry.shape) for entries in files.values() for entry in entries)
+        report["parameters"] = sum(entry.n_params for entries in files.values() for entry in entries)
         report["vocabulary"]["tokenizer"] = tokenizer.vocab_size
         report["ids"] = ids._asdict()
         if lora is not None and merge is not None:

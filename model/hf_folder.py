@@ -1,14 +1,8 @@
-"""A model as a Hugging Face folder: config and safetensors, written and read without ever holding a second copy.
-
-Tensors are written a block of elements at a time, so that the memory needed does not grow with the model; one that
-transformers keeps transposed (GPT-2's Conv1D) is held whole while it is turned.
-"""
+"""A model as a Hugging Face folder: config and safetensors, written and read without ever holding a second copy."""
 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +28,6 @@ from transformers.utils import logging as transformers_logging
 from model.config import ModelConfig
 from model.hf import (
     LabelHead,
-    Rule,
     from_hf_config,
     from_hf_state,
     read_labels,
@@ -45,67 +38,19 @@ from model.hf import (
 from model.hf_config import TESTED, HfModelConfig, Objective, from_transformers, is_masked
 from model.hf_model import HfModel
 from model.hf_state import state_of
+from model.hf_tensors import SAFETENSORS_NAMES, Entry, FloatEntry, ReadRange
 from model.network import Network, build_classifier, build_network
 from model.transformer import Transformer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt"]  # of a model of the hub
-BLOCK = 2**20  # elements of a tensor that are converted and written at a time: 4 MiB of fp32
 MOST_SUPPRESSED = 4096  # ids that a generation_config lists one by one
 
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _CONFIGS: dict[str, type[PreTrainedConfig]] = {"gpt2": GPT2Config, "llama": LlamaConfig, "qwen3": Qwen3Config}
-
-# Elements [start, stop) of a parameter of ours by its name, flattened, (stop - start,) fp32.
-ReadRange = Callable[[str, int, int], Tensor]
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of the folder and where it comes from."""
-
-    rule: Rule
-    parts: tuple[torch.Size, ...]  # shapes of those in rule.ours
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> list[int]:
-        stacked = [sum(part[0] for part in self.parts), *self.parts[0][1:]]
-        return stacked[::-1] if self.rule.conv1d else stacked
-
-    @property
-    def n_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    def blocks(self, read: ReadRange) -> Iterator[Tensor]:
-        """Its values in the order of the file, block by block, 1-D of its dtype. Raises ValueError where one overflows."""
-        if not self.rule.conv1d:
-            yield from self._stacked(read)
-            return
-        n_in, n_out = self.shape
-        stacked, at = torch.empty(n_out * n_in, dtype=self.dtype), 0  # rule.to_hf, with one copy and not four
-        for block in self._stacked(read):
-            stacked[at : at + len(block)] = block
-            at += len(block)
-        rows = max(1, BLOCK // n_out)
-        for first in range(0, n_in, rows):
-            yield stacked.view(n_out, n_in)[:, first : first + rows].T.contiguous().view(-1)
-
-    def _stacked(self, read: ReadRange) -> Iterator[Tensor]:
-        for name, shape in zip(self.rule.ours, self.parts, strict=True):
-            for start in range(0, shape.numel(), BLOCK):
-                values = read(name, start, min(start + BLOCK, shape.numel()))
-                rounded = values.to(self.dtype)
-                if not rounded.isfinite().all():
-                    raise ValueError(
-                        f"{name} holds {values.abs().max().item():.4g}, and {self.dtype} ends at "
-                        f"{torch.finfo(self.dtype).max:.4g}; export with a wider --dtype, such as bf16 or fp32"
-                    )
-                yield rounded
 
 
 def plan_files(
@@ -124,7 +69,7 @@ def plan_files(
     groups: list[list[Entry]] = []
     room = 0
     for rule in weight_rules(cfg, head):
-        entry = Entry(rule, tuple(shapes[name] for name in rule.ours), dtype)
+        entry = FloatEntry(rule, tuple(shapes[name] for name in rule.ours), dtype)
         if not groups or entry.n_bytes > room:
             groups.append([])
             room = shard_bytes
@@ -149,10 +94,10 @@ def write_weights(folder: Path, files: dict[str, list[Entry]], read: ReadRange) 
         everything = [entry for entries in files.values() for entry in entries]
         index = {
             "metadata": {
-                "total_parameters": sum(torch.Size(entry.shape).numel() for entry in everything),
+                "total_parameters": sum(entry.n_params for entry in everything),
                 "total_size": sum(entry.n_bytes for entry in everything),
             },
-            "weight_map": {entry.rule.hf: name for name, entries in files.items() for entry in entries},
+            "weight_map": {entry.name: name for name, entries in files.items() for entry in entries},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -162,8 +107,8 @@ def _header(entries: list[Entry]) -> bytes:
     tree: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for entry in entries:
-        tree[entry.rule.hf] = {
-            "dtype": _SAFETENSORS_NAMES[entry.dtype],
+        tree[entry.name] = {
+            "dtype": SAFETENSORS_NAMES[entry.dtype],
             "shape": entry.shape,
             "data_offsets": [at, at + entry.n_bytes],
         }

@@ -39,6 +39,8 @@ from model.hf_config import TESTED, HfModelConfig, Objective, from_transformers,
 from model.hf_model import HfModel
 from model.hf_state import state_of
 from model.hf_tensors import SAFETENSORS_NAMES, Entry, FloatEntry, ReadRange
+from model.int8 import int8_entries, quantization_config
+from model.lora import linear_layers
 from model.network import Network, build_classifier, build_network
 from model.transformer import Transformer
 
@@ -53,12 +55,33 @@ _CONFIGS: dict[str, type[PreTrainedConfig]] = {"gpt2": GPT2Config, "llama": Llam
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
+def int8_weights(cfg: ModelConfig | HfModelConfig, head: LabelHead | None = None) -> frozenset[str]:
+    """Our names of the matrices that int8 is for: those of the blocks' linear layers.
+
+    Raises ValueError for a model whose layers are of another kind in transformers, and as to_hf_config does.
+    """
+    with torch.device("meta"):
+        layers = [name for names in linear_layers(_empty(cfg, head)).values() for name in names]
+    rules = {name: rule for rule in weight_rules(cfg, head) for name in rule.ours}
+    found = frozenset(f"{name}.weight" for name in layers)
+    if not found or any(rules[name].conv1d for name in found):
+        raise ValueError(
+            "--dtype int8 is for linear layers, and GPT-2's are Conv1D in transformers, which nothing loads as int8; "
+            "export it with --dtype bf16"
+        )
+    return found
+
+
 def plan_files(
-    cfg: ModelConfig | HfModelConfig, dtype: torch.dtype, shard_bytes: int, head: LabelHead | None = None
+    cfg: ModelConfig | HfModelConfig,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    head: LabelHead | None = None,
+    int8: frozenset[str] = frozenset(),
 ) -> dict[str, list[Entry]]:
     """The weight files and what each holds: at most shard_bytes, or one tensor that is larger. A tied head is in none.
 
-    head: in place of the one for tokens.
+    head: in place of the one for tokens.    int8: our names of what is not of dtype.
 
     Raises ValueError as to_hf_config does.
     """
@@ -69,12 +92,19 @@ def plan_files(
     groups: list[list[Entry]] = []
     room = 0
     for rule in weight_rules(cfg, head):
-        entry = FloatEntry(rule, tuple(shapes[name] for name in rule.ours), dtype)
-        if not groups or entry.n_bytes > room:
-            groups.append([])
-            room = shard_bytes
-        groups[-1].append(entry)
-        room -= entry.n_bytes
+        of_rule: tuple[Entry, ...] = (
+            int8_entries(rule.hf, rule.ours[0], shapes[rule.ours[0]])
+            if int8.issuperset(rule.ours)
+            else (FloatEntry(rule, tuple(shapes[name] for name in rule.ours), dtype),)
+        )
+        for entry in of_rule:
+            if not groups or entry.n_bytes > room:
+                groups.append([])
+                room = shard_bytes
+            groups[-1].append(entry)
+            room -= entry.n_bytes
+    for group in groups:
+        group.sort(key=lambda entry: -entry.dtype.itemsize)  # so that each begins at a multiple of its element
     if len(groups) == 1:
         return {WEIGHTS: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
@@ -127,16 +157,23 @@ def write_configs(
     pad_id: int,
     n_known: int,
     head: LabelHead | None = None,
+    int8: frozenset[str] = frozenset(),
 ) -> str:
     """config.json, and generation_config.json of what generates. Returns the name of the architecture.
 
     n_known: ids that the tokenizer knows; the rows of the model beyond them can never be generated.
+    int8: as plan_files takes it.
     """
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
     config = to_hf_config(cfg, **ids)
     if head is not None:
         config = with_labels(config, head)
     config.dtype = dtype
+    if int8:
+        with torch.device("meta"):
+            theirs = _auto_class(head, is_masked(cfg)).from_config(config)
+        matrices = {rule.hf for rule in weight_rules(cfg, head) if int8.issuperset(rule.ours)}
+        config.quantization_config = quantization_config(theirs, matrices)
     config.save_pretrained(folder)
     if head is not None or is_masked(cfg):
         return str(config.architectures[0])
@@ -174,14 +211,22 @@ def is_hf_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def read_config(folder: Path, objective: Objective | None = None) -> ModelConfig | HfModelConfig:
+def read_config(
+    folder: Path, objective: Objective | None = None, quantized: bool = False
+) -> ModelConfig | HfModelConfig:
     """Our config of the folder's model. Raises ValueError, naming the file, where it is broken or has no equal here.
 
-    objective: of a model of family hf; None: such a one if the folder's is masked.
+    objective: of a model of family hf; None: such a one if the folder's is masked.    quantized: whether its weights may be.
     """
     file = folder / CONFIG
     try:
         raw = json.loads(file.read_bytes())
+        if (said := raw.get("quantization_config")) is not None and not quantized:
+            raise ValueError(
+                f"its weights are quantized ({said.get('quant_method')}), and are read here as they were trained alone; "
+                "name the run or the folder that it was made from, or use transformers"
+            )
+        raw = {key: value for key, value in raw.items() if key != "quantization_config"}
         if objective is not None or raw.get("model_type") in TESTED["masked"]:
             return from_transformers(raw, objective or "masked")
         model_type = raw.get("model_type")
@@ -314,12 +359,7 @@ def logits_of_transformers(
     Raises ValueError where it does not find every tensor, or finds others.
     """
     transformers_logging.disable_progress_bar()
-    kinds = {
-        None: AutoModelForMaskedLM if masked else AutoModelForCausalLM,
-        True: AutoModelForTokenClassification,
-        False: AutoModelForSequenceClassification,
-    }
-    model, info = kinds[None if head is None else head.per_token].from_pretrained(
+    model, info = _auto_class(head, masked).from_pretrained(
         folder,
         dtype=torch.float32,
         local_files_only=True,
@@ -337,3 +377,9 @@ def logits_of_transformers(
         ids = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True, padding_value=pad)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(window) for window in windows], batch_first=True)
         return list(model(input_ids=ids, attention_mask=mask).logits.unsqueeze(1))
+
+
+def _auto_class(head: LabelHead | None, masked: bool) -> Any:
+    if head is None:
+        return AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    return AutoModelForTokenClassification if head.per_token else AutoModelForSequenceClassification

@@ -108,7 +108,8 @@ def test_without_lm_eval_it_says_how_to_get_it(folder, capsys, monkeypatch):
 def test_what_does_not_go_together_is_refused(folder, run_dir, tmp_path, capsys):
     assert "--run and --save go together" in refused(capsys, folder, "--save", "x")
     assert "--limit 0; expected at least 1" in refused(capsys, folder, "--limit", 0)
-    other = run_dir.parent / "other"
+    other = tmp_path / "other"
+    (other / "checkpoints").mkdir(parents=True)
     assert f"--run {other}: {folder} is of the run llama; name the folder of that run" in refused(
         capsys, folder, "--run", other, "--save", "x"
     )

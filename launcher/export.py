@@ -43,22 +43,26 @@ from launcher.staging import LOCK, StagingError, check_absent, staging_for
 from launcher.task_config import ChatTask, PreferenceTask
 from launcher.trained import Checkpoint, lora_of, open_checkpoint
 from model.config import ModelConfig
+from model.hf import LabelHead
 from model.hf_config import HfModelConfig, is_masked, to_transformers
 from model.hf_folder import (
     DTYPES,
-    ReadRange,
+    int8_weights,
     logits_of_transformers,
     plan_files,
     read_config,
     write_configs,
     write_weights,
 )
+from model.hf_tensors import ReadRange
+from model.int8 import REST, require_package, round_trip
 from model.network import Network
 from parallel.checkpoint import CheckpointError, file_hash
 
 AnyModel = ModelConfig | HfModelConfig
 
 REPORT = "export_report.json"
+INT8 = "int8"  # beside DTYPES, which models compute in
 SLACK_BYTES = 2**25  # for tokenizer, configs and card
 PROOF_CHARACTERS = 2**20  # of real text that both tokenizers encode
 PROOF_TOKENS = 4096  # that both models read
@@ -138,23 +142,11 @@ def _up_to(characters: int, texts: Iterator[str]) -> list[str]:
 
 
 def compare(
-    checkpoint: Checkpoint,
-    folder: Path,
-    cfg: AnyModel,
-    dtype: torch.dtype,
-    windows: list[Tensor],
-    targets: list[Tensor],
+    model: Network, theirs: list[Tensor], windows: list[Tensor], targets: list[Tensor], head: LabelHead | None
 ) -> Comparison:
-    """Both models compute in fp32, ours with weights rounded to the folder's dtype. One of them is in memory at a time.
-
-    cfg: of the folder; ours may have more rows in its vocabulary.    targets: of each window's tokens, -100 where none.
+    """theirs: logits of each window; the model may have more rows in its vocabulary.    targets: of each window's tokens,
+    -100 where none.
     """
-    head = checkpoint.label_head
-    if head is not None and not head.per_token:  # texts of different lengths, the longest of them whole
-        windows = [window[: 1 + (len(window) - 1) * (i + 1) // len(windows)] for i, window in enumerate(windows)]
-    theirs = logits_of_transformers(folder, windows, head, masked=is_masked(cfg))
-    # rounded, W + B A is another number than the sum of what W, B and A round to
-    model = checkpoint.merged_model(dtype) if lora_of(checkpoint.cfg) else checkpoint.model(rounded_to=dtype)
     largest = difference = loss_here = loss_there = 0.0
     same = count = n_targets = 0
     for window, there, expected in zip(windows, theirs, targets, strict=True):
@@ -174,11 +166,25 @@ def compare(
         tokens=sum(map(len, windows)),
         largest_logit=largest,
         largest_difference=difference,
-        tolerance=TOLERANCE * math.sqrt(cfg.n_layers),
+        tolerance=TOLERANCE * math.sqrt(model.cfg.n_layers),
         same_choice=same / count,
         loss_here=loss_here / max(1, n_targets) if head is None else None,
         loss_there=loss_there / max(1, n_targets) if head is None else None,
     )
+
+
+@torch.no_grad()
+def as_written(checkpoint: Checkpoint, dtype: torch.dtype, int8: frozenset[str]) -> Network:
+    """The run's model with the numbers that the folder has, computing in fp32."""
+    model = plain_model(checkpoint)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(round_trip(parameter) if name in int8 else parameter.to(dtype))
+    return model
+
+
+def plain_model(checkpoint: Checkpoint) -> Network:
+    """Adapters merged: rounded, W + B A is another number than the sum of what W, B and A round to."""
+    return checkpoint.merged_model() if lora_of(checkpoint.cfg) else checkpoint.model()
 
 
 def compare_merged(checkpoint: Checkpoint, windows: list[Tensor]) -> dict[str, float]:
@@ -236,21 +242,29 @@ def export(
     checkpoint: Checkpoint, output: Path, dtype_name: str, shard_bytes: int, keep_padding: bool
 ) -> dict[str, Any]:
     """Write and prove the folder; returns what its report says. Raises ValueError for a model without an equal there."""
-    dtype, tokenizer = DTYPES[dtype_name], checkpoint.tokenizer()
+    tokenizer, head = checkpoint.tokenizer(), checkpoint.label_head
     cfg = exported_config(checkpoint.cfg.model, tokenizer.vocab_size, keep_padding)
-    head = checkpoint.label_head
-    files = plan_files(cfg, dtype, shard_bytes, head)
-    n_bytes = sum(entry.n_bytes for entries in files.values() for entry in entries)
+    dtype, int8 = DTYPES.get(dtype_name, REST), frozenset[str]()
+    if dtype_name == INT8:
+        require_package()
+        int8 = int8_weights(cfg, head)
+    files = plan_files(cfg, dtype, shard_bytes, head, int8)
+    entries = [entry for group in files.values() for entry in group]
+    n_bytes = sum(entry.n_bytes for entry in entries)
     with staging_for(output, n_bytes + SLACK_BYTES) as staging:
         ids = special_ids(tokenizer)
-        architecture = write_configs(staging, cfg, dtype, *ids, n_known=tokenizer.vocab_size, head=head)
+        architecture = write_configs(staging, cfg, dtype, *ids, n_known=tokenizer.vocab_size, head=head, int8=int8)
         texts, origin = real_texts(checkpoint, tokenizer)
         exported = write_tokenizer(tokenizer, staging, cfg.seq_len, texts, masked=is_masked(cfg))
         write_weights(staging, files, read_for(checkpoint))
-        _same_config(cfg, read_config(staging, cfg.objective if isinstance(cfg, HfModelConfig) else None))
+        objective = cfg.objective if isinstance(cfg, HfModelConfig) else None
+        _same_config(cfg, read_config(staging, objective, quantized=bool(int8)))
         (windows, targets), lora = proof_windows(checkpoint, tokenizer, texts, cfg), lora_of(checkpoint.cfg)
         merge = None if lora is None else compare_merged(checkpoint, windows)
-        comparison = compare(checkpoint, staging, cfg, dtype, windows, targets)
+        if head is not None and not head.per_token:  # texts of different lengths, the longest of them whole
+            windows = [window[: 1 + (len(window) - 1) * (i + 1) // len(windows)] for i, window in enumerate(windows)]
+        theirs = logits_of_transformers(staging, windows, head, masked=is_masked(cfg))
+        comparison = compare(as_written(checkpoint, dtype, int8), theirs, windows, targets, head)
         if not comparison.equal:
             raise NotEqual(
                 f"transformers' logits differ from the run's by {comparison.largest_difference:.3g}, of a largest logit of "
@@ -258,7 +272,7 @@ def export(
                 "Longhaul or of the installed transformers; nothing was written"
             )
         report = report_of(checkpoint, cfg, dtype_name, architecture, exported, comparison, origin)
-        report["parameters"] = sum(math.prod(entry.shape) for entries in files.values() for entry in entries)
+        report["parameters"] = sum(entry.n_params for entry in entries)
         report["vocabulary"]["tokenizer"] = tokenizer.vocab_size
         report["ids"] = ids._asdict()
         if lora is not None and merge is not None:
@@ -267,6 +281,20 @@ def export(
                 f"the run trained LoRA matrices of rank {lora.rank}, which are merged into the weights: with them beside "
                 f"the weights its logits differ by at most {merge['largest_difference']:.2e}, in fp32"
             )
+        if int8:
+            cost = compare(plain_model(checkpoint), theirs, windows, targets, head)
+            report["int8"] = {
+                "matrices": len(int8),
+                "parameters": sum(entry.n_params for entry in entries if entry.dtype == torch.int32),
+                "weight_bytes": n_bytes,
+                "weight_bytes_bf16": 2 * report["parameters"],
+                "unquantized": {
+                    "loss": cost.loss_here,
+                    "same_choice": cost.same_choice,
+                    "largest_difference": cost.largest_difference,
+                },
+            }
+            report["notes"] += int8_notes(report)
         report["files"] = {
             path.relative_to(staging).as_posix(): {"bytes": path.stat().st_size, "xxh3": file_hash(path)}
             for path in sorted(staging.rglob("*"))
@@ -342,6 +370,23 @@ def report_of(
     }
 
 
+def int8_notes(report: dict[str, Any]) -> list[str]:
+    """What int8 saves and costs."""
+    found, loss = report["int8"], ""
+    if (before := found["unquantized"]["loss"]) is not None:
+        after = report["logits"]["loss_there"]
+        loss = f"the loss is {after:.6f} in place of {before:.6f} ({after - before:+.6f}), and "
+    return [
+        f"{found['matrices']} matrices of the blocks, {found['parameters']:,} of {report['parameters']:,} parameters, are "
+        f"int8 with a bf16 scale for each row, all else is bf16: {found['weight_bytes'] / 1e6:.2f} MB of weights, where "
+        f"bf16 alone takes {found['weight_bytes_bf16'] / 1e6:.2f}",
+        f"against the run's own weights in fp32, on the same {report['logits']['tokens']:,} tokens: {loss}"
+        f"{100 * found['unquantized']['same_choice']:.2f} % of the choices are the same",
+        "to load it, transformers needs compressed-tensors (pip install compressed-tensors), and makes floating point of "
+        "the int8 in the first forward: the folder is smaller, and the memory in use after that is not",
+    ]
+
+
 def describe(report: dict[str, Any], output: Path) -> str:
     """The report for people."""
     logits, tokens = report["logits"], report["tokenizer"]
@@ -375,7 +420,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not exist, or be empty")
     parser.add_argument("--step", type=int, help="checkpoint to export (default: the newest that is whole)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default fp32, as they are)")
+    parser.add_argument("--dtype", choices=[*DTYPES, INT8], default="fp32", help="of the weights (default fp32, as "
+                        "they are); int8: the matrices of the blocks, all else bf16")  # fmt: skip
     parser.add_argument("--shard-size", default="5GB", help="largest weight file (default 5GB)")
     parser.add_argument("--keep-padding", action="store_true", help="keep the rows by which model.vocab_size exceeds the "
                         "tokenizer's vocabulary (default: cut, so that both agree); they are never generated")  # fmt: skip

@@ -93,7 +93,7 @@ def load_teacher(cfg: RunConfig, mesh: Mesh) -> Teacher | None:
         shape = torch.Size(opened.shapes[name])
         return opened.read(name, 0, shape.numel()).view(shape)
 
-    model = filled(model, read, dtype)
+    model = filled(model, read)
     assert isinstance(model, Transformer), "others were refused before"
     sums = deque[torch.Tensor](maxlen=cfg.grad_accum_steps(mesh.dp_size))
     return Teacher(model, opened.tokenizer.vocab_size, distill.weight, distill.temperature, sums)

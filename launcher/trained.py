@@ -103,26 +103,25 @@ class Checkpoint:
             return LabelHead(tuple(task.labels), True, {"join": task.join, "word_token": task.word_token})
         return LabelHead(tuple(task.labels), False) if isinstance(task, ClassifyTask) else None
 
-    def model(self, rounded_to: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32) -> Network:
-        """The model as it was trained, in eval mode, computing in `dtype` with weights that were rounded to `rounded_to`
-        before."""
-        return filled(build_model(self.cfg).to(dtype), self.reader.tensor, rounded_to)
+    def model(self, dtype: torch.dtype = torch.float32) -> Network:
+        """The model as it was trained, in eval mode, computing in `dtype`."""
+        return filled(build_model(self.cfg).to(dtype), self.reader.tensor)
 
-    def merged_model(self, rounded_to: torch.dtype = torch.float32) -> Network:
+    def merged_model(self) -> Network:
         """The model with its adapters merged into its weights, else as `model` gives it."""
 
         def read(name: str) -> Tensor:
             shape = torch.Size(self.shapes[name])
             return self.read_weight(name, 0, shape.numel()).view(shape)
 
-        return filled(build_plain(self.cfg), read, rounded_to)
+        return filled(build_plain(self.cfg), read)
 
 
 @torch.no_grad()
-def filled(model: Network, read: Callable[[str], Tensor], rounded_to: torch.dtype) -> Network:
+def filled(model: Network, read: Callable[[str], Tensor]) -> Network:
     """The model, in eval mode, with the values that `read` has of each parameter."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(read(name).to(rounded_to))
+        parameter.copy_(read(name))
     return model.eval()
 
 

@@ -1,14 +1,8 @@
-"""A model as a Hugging Face folder: config and safetensors, written and read without ever holding a second copy.
-
-Tensors are written a block of elements at a time, so that the memory needed does not grow with the model; one that
-transformers keeps transposed (GPT-2's Conv1D) is held whole while it is turned.
-"""
+"""A model as a Hugging Face folder: config and safetensors, written and read without ever holding a second copy."""
 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +28,6 @@ from transformers.utils import logging as transformers_logging
 from model.config import ModelConfig
 from model.hf import (
     LabelHead,
-    Rule,
     from_hf_config,
     from_hf_state,
     read_labels,
@@ -45,75 +38,50 @@ from model.hf import (
 from model.hf_config import TESTED, HfModelConfig, Objective, from_transformers, is_masked
 from model.hf_model import HfModel
 from model.hf_state import state_of
+from model.hf_tensors import SAFETENSORS_NAMES, Entry, FloatEntry, ReadRange
+from model.int8 import int8_entries, quantization_config
+from model.lora import linear_layers
 from model.network import Network, build_classifier, build_network
 from model.transformer import Transformer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt"]  # of a model of the hub
-BLOCK = 2**20  # elements of a tensor that are converted and written at a time: 4 MiB of fp32
 MOST_SUPPRESSED = 4096  # ids that a generation_config lists one by one
 
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _CONFIGS: dict[str, type[PreTrainedConfig]] = {"gpt2": GPT2Config, "llama": LlamaConfig, "qwen3": Qwen3Config}
-
-# Elements [start, stop) of a parameter of ours by its name, flattened, (stop - start,) fp32.
-ReadRange = Callable[[str, int, int], Tensor]
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of the folder and where it comes from."""
+def int8_weights(cfg: ModelConfig | HfModelConfig, head: LabelHead | None = None) -> frozenset[str]:
+    """Our names of the matrices that int8 is for: those of the blocks' linear layers.
 
-    rule: Rule
-    parts: tuple[torch.Size, ...]  # shapes of those in rule.ours
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> list[int]:
-        stacked = [sum(part[0] for part in self.parts), *self.parts[0][1:]]
-        return stacked[::-1] if self.rule.conv1d else stacked
-
-    @property
-    def n_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    def blocks(self, read: ReadRange) -> Iterator[Tensor]:
-        """Its values in the order of the file, block by block, 1-D of its dtype. Raises ValueError where one overflows."""
-        if not self.rule.conv1d:
-            yield from self._stacked(read)
-            return
-        n_in, n_out = self.shape
-        stacked, at = torch.empty(n_out * n_in, dtype=self.dtype), 0  # rule.to_hf, with one copy and not four
-        for block in self._stacked(read):
-            stacked[at : at + len(block)] = block
-            at += len(block)
-        rows = max(1, BLOCK // n_out)
-        for first in range(0, n_in, rows):
-            yield stacked.view(n_out, n_in)[:, first : first + rows].T.contiguous().view(-1)
-
-    def _stacked(self, read: ReadRange) -> Iterator[Tensor]:
-        for name, shape in zip(self.rule.ours, self.parts, strict=True):
-            for start in range(0, shape.numel(), BLOCK):
-                values = read(name, start, min(start + BLOCK, shape.numel()))
-                rounded = values.to(self.dtype)
-                if not rounded.isfinite().all():
-                    raise ValueError(
-                        f"{name} holds {values.abs().max().item():.4g}, and {self.dtype} ends at "
-                        f"{torch.finfo(self.dtype).max:.4g}; export with a wider --dtype, such as bf16 or fp32"
-                    )
-                yield rounded
+    Raises ValueError for a model whose layers are of another kind in transformers, and as to_hf_config does.
+    """
+    with torch.device("meta"):
+        layers = [name for names in linear_layers(_empty(cfg, head)).values() for name in names]
+    rules = {name: rule for rule in weight_rules(cfg, head) for name in rule.ours}
+    found = frozenset(f"{name}.weight" for name in layers)
+    if not found or any(rules[name].conv1d for name in found):
+        raise ValueError(
+            "--dtype int8 is for linear layers, and GPT-2's are Conv1D in transformers, which nothing loads as int8; "
+            "export it with --dtype bf16"
+        )
+    return found
 
 
 def plan_files(
-    cfg: ModelConfig | HfModelConfig, dtype: torch.dtype, shard_bytes: int, head: LabelHead | None = None
+    cfg: ModelConfig | HfModelConfig,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    head: LabelHead | None = None,
+    int8: frozenset[str] = frozenset(),
 ) -> dict[str, list[Entry]]:
     """The weight files and what each holds: at most shard_bytes, or one tensor that is larger. A tied head is in none.
 
-    head: in place of the one for tokens.
+    head: in place of the one for tokens.    int8: our names of what is not of dtype.
 
     Raises ValueError as to_hf_config does.
     """
@@ -124,12 +92,19 @@ def plan_files(
     groups: list[list[Entry]] = []
     room = 0
     for rule in weight_rules(cfg, head):
-        entry = Entry(rule, tuple(shapes[name] for name in rule.ours), dtype)
-        if not groups or entry.n_bytes > room:
-            groups.append([])
-            room = shard_bytes
-        groups[-1].append(entry)
-        room -= entry.n_bytes
+        of_rule: tuple[Entry, ...] = (
+            int8_entries(rule.hf, rule.ours[0], shapes[rule.ours[0]])
+            if int8.issuperset(rule.ours)
+            else (FloatEntry(rule, tuple(shapes[name] for name in rule.ours), dtype),)
+        )
+        for entry in of_rule:
+            if not groups or entry.n_bytes > room:
+                groups.append([])
+                room = shard_bytes
+            groups[-1].append(entry)
+            room -= entry.n_bytes
+    for group in groups:
+        group.sort(key=lambda entry: -entry.dtype.itemsize)  # so that each begins at a multiple of its element
     if len(groups) == 1:
         return {WEIGHTS: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
@@ -149,10 +124,10 @@ def write_weights(folder: Path, files: dict[str, list[Entry]], read: ReadRange) 
         everything = [entry for entries in files.values() for entry in entries]
         index = {
             "metadata": {
-                "total_parameters": sum(torch.Size(entry.shape).numel() for entry in everything),
+                "total_parameters": sum(entry.n_params for entry in everything),
                 "total_size": sum(entry.n_bytes for entry in everything),
             },
-            "weight_map": {entry.rule.hf: name for name, entries in files.items() for entry in entries},
+            "weight_map": {entry.name: name for name, entries in files.items() for entry in entries},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -162,8 +137,8 @@ def _header(entries: list[Entry]) -> bytes:
     tree: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for entry in entries:
-        tree[entry.rule.hf] = {
-            "dtype": _SAFETENSORS_NAMES[entry.dtype],
+        tree[entry.name] = {
+            "dtype": SAFETENSORS_NAMES[entry.dtype],
             "shape": entry.shape,
             "data_offsets": [at, at + entry.n_bytes],
         }
@@ -182,16 +157,23 @@ def write_configs(
     pad_id: int,
     n_known: int,
     head: LabelHead | None = None,
+    int8: frozenset[str] = frozenset(),
 ) -> str:
     """config.json, and generation_config.json of what generates. Returns the name of the architecture.
 
     n_known: ids that the tokenizer knows; the rows of the model beyond them can never be generated.
+    int8: as plan_files takes it.
     """
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
     config = to_hf_config(cfg, **ids)
     if head is not None:
         config = with_labels(config, head)
     config.dtype = dtype
+    if int8:
+        with torch.device("meta"):
+            theirs = _auto_class(head, is_masked(cfg)).from_config(config)
+        matrices = {rule.hf for rule in weight_rules(cfg, head) if int8.issuperset(rule.ours)}
+        config.quantization_config = quantization_config(theirs, matrices)
     config.save_pretrained(folder)
     if head is not None or is_masked(cfg):
         return str(config.architectures[0])
@@ -229,14 +211,22 @@ def is_hf_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def read_config(folder: Path, objective: Objective | None = None) -> ModelConfig | HfModelConfig:
+def read_config(
+    folder: Path, objective: Objective | None = None, quantized: bool = False
+) -> ModelConfig | HfModelConfig:
     """Our config of the folder's model. Raises ValueError, naming the file, where it is broken or has no equal here.
 
-    objective: of a model of family hf; None: such a one if the folder's is masked.
+    objective: of a model of family hf; None: such a one if the folder's is masked.    quantized: whether its weights may be.
     """
     file = folder / CONFIG
     try:
         raw = json.loads(file.read_bytes())
+        if (said := raw.get("quantization_config")) is not None and not quantized:
+            raise ValueError(
+                f"its weights are quantized ({said.get('quant_method')}), and are read here as they were trained alone; "
+                "name the run or the folder that it was made from, or use transformers"
+            )
+        raw = {key: value for key, value in raw.items() if key != "quantization_config"}
         if objective is not None or raw.get("model_type") in TESTED["masked"]:
             return from_transformers(raw, objective or "masked")
         model_type = raw.get("model_type")
@@ -369,12 +359,7 @@ def logits_of_transformers(
     Raises ValueError where it does not find every tensor, or finds others.
     """
     transformers_logging.disable_progress_bar()
-    kinds = {
-        None: AutoModelForMaskedLM if masked else AutoModelForCausalLM,
-        True: AutoModelForTokenClassification,
-        False: AutoModelForSequenceClassification,
-    }
-    model, info = kinds[None if head is None else head.per_token].from_pretrained(
+    model, info = _auto_class(head, masked).from_pretrained(
         folder,
         dtype=torch.float32,
         local_files_only=True,
@@ -392,3 +377,9 @@ def logits_of_transformers(
         ids = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True, padding_value=pad)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(window) for window in windows], batch_first=True)
         return list(model(input_ids=ids, attention_mask=mask).logits.unsqueeze(1))
+
+
+def _auto_class(head: LabelHead | None, masked: bool) -> Any:
+    if head is None:
+        return AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    return AutoModelForTokenClassification if head.per_token else AutoModelForSequenceClassification

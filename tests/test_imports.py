@@ -23,6 +23,7 @@ HOMES = {
     "sentencepiece": {"data"},
     "datasets": {"data"},
     "peft": {"model"},
+    "compressed_tensors": {"model"},
 }
 
 

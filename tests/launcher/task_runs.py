@@ -109,7 +109,8 @@ def make_tuned_run(folder, corpus, family, task):
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in build_model(cfg).named_parameters()}
     weights = {name: initial_values(name, shape, cfg.model, 3).view(shape) for name, shape in shapes.items()}
-    weights["classifier.weight" if family == "bert" else "score.weight"] *= 50  # as if it had learned something
+    for head in {"classifier.weight", "score.weight"} & weights.keys():
+        weights[head] *= 50  # as if it had learned something
     writer = CheckpointWriter(cfg.run_dir / "checkpoints", Alone(), CheckpointConfig(keep=0))
     engine = Lone(weights)
     listed = {name: list(shape) for name, shape in engine.shapes.items()}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_hf import CASES, EVERY_CASE, assert_same, build_hf, gpt2, llama, ours_from, qwen3
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from model import hf_folder as module
+from model import hf_tensors as module
 from model.hf import from_hf_config, to_hf_state
 from model.hf_folder import (
     DTYPES,

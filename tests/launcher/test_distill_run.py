@@ -15,8 +15,8 @@ from launcher.config import ConfigError, load_config, validate
 from launcher.import_hf import load_import_config, open_folder
 from launcher.origin import open_origin
 from launcher.origin_config import load_finetune_config
-from launcher.run_dir import Ledger, refuse_other_config, save_config
-from launcher.start import check_run
+from launcher.run_dir import Ledger, save_config
+from launcher.start import check_run, refuse_other_config
 from launcher.teacher import load_teacher, with_teacher
 from launcher.trained import build_model, load_trained, open_checkpoint
 from model.config import ModelConfig

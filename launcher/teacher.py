@@ -26,14 +26,18 @@ KEY = "distill.teacher"
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 
-def with_teacher(cfg: AnyConfig) -> AnyConfig:
+def with_teacher(cfg: AnyConfig, needed: bool = True) -> AnyConfig:
     """The config with the identity of its teacher, if it has one: that of the run's folder, once that is there.
+
+    needed: False for a finished run, whose teacher may be gone.
 
     Raises ConfigError or DataError where the teacher cannot be used, or is another.
     """
     if cfg.distill is None:
         return cfg
     known = cfg.distill.origin or _kept(cfg)
+    if known is not None and not needed:
+        return cfg.model_copy(update={"distill": cfg.distill.model_copy(update={"origin": known})})
     opened = open_origin(cfg.distill.teacher, None if known is None else known.step, KEY)
     _refuse(opened, cfg)
     found = opened.identity()

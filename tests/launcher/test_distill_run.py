@@ -105,6 +105,8 @@ def test_killed_and_resumed_it_is_the_run_that_never_stopped(recipe, teacher, tm
     assert found["loss"] == pytest.approx(held_out, rel=1e-5)
     made = model_card._made(open_checkpoint(run_dir, 12))
     assert made == f"pretrained while learning from `large` at step 2 (digest {digest})"
+    assert pretrain.main(["--config", str(recipe), *zero3]) == 0
+    assert "is finished: 12 of 12 steps" in capsys.readouterr().out
     assert "distill.teacher=" in refused(capsys, recipe, *zero3, "train.steps=13", "--allow-change", "train.steps")
 
 
@@ -173,6 +175,21 @@ def test_a_run_holds_to_the_step_that_it_learned_from(teacher, corpus, recipe, t
     moved = with_teacher(load_config(str(recipe), [f"distill.teacher={tmp_path / 'moved'}"]))
     assert moved.distill.origin == cfg.distill.origin
     refuse_other_config(moved, [])
+
+
+def test_a_finished_run_needs_its_teacher_no_more(teacher, recipe, monkeypatch, capsys):
+    cfg = with_teacher(load_config(str(recipe), []))
+    cfg.run_dir.mkdir(parents=True)
+    save_config(cfg)
+    shutil.rmtree(teacher)
+    assert with_teacher(load_config(str(recipe), []), needed=False) == cfg
+    assert "is neither a run's folder" in refused(capsys, recipe)
+    monkeypatch.setattr("launcher.start.is_finished", lambda cfg: True)
+    monkeypatch.setattr("launcher.pretrain.is_finished", lambda cfg: True)
+    monkeypatch.setattr("launcher.pretrain.committed_steps", lambda folder: [24])
+    assert pretrain.main(["--config", str(recipe)]) == 0
+    monkeypatch.setattr("launcher.check.is_finished", lambda cfg: True)
+    assert check.main(["--config", str(recipe), "--ranks", "1", "--write-nothing"]) == 0
 
 
 def test_an_imported_run_has_its_teacher_from_the_beginning(tmp_path):

@@ -159,7 +159,7 @@ def _other_shapes(saved: dict[str, Any], cfg: RunConfig) -> list[str]:
     if _shapes(before) == _shapes(cfg):
         return []
     told = contradictions(saved, cfg.model_dump(mode="json"), [])
-    return [line for line in told if line.startswith(("model.", "lora", "task.kind:", "task.labels:"))]
+    return [line for line in told if line.startswith(("model.", "lora", "task:", "task.kind:", "task.labels:"))]
 
 
 def _shapes(cfg: RunConfig) -> dict[str, torch.Size]:

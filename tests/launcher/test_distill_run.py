@@ -265,6 +265,20 @@ def test_teachers_that_cannot_teach(corpus, recipe, teacher, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_section_that_comes_or_goes_is_told_and_allowed_as_one(recipe):
+    learns = with_teacher(load_config(str(recipe), []))
+    alone = learns.model_copy(update={"distill": None})
+    learns.run_dir.mkdir(parents=True)
+    for before, after, told in (
+        (alone, learns, "was left out, is there"),
+        (learns, alone, "was there, is left out"),
+    ):
+        save_config(before)
+        with pytest.raises(ConfigError, match=f"another config:\n  distill: {told}\nuse another"):
+            refuse_other_config(after, [])
+        refuse_other_config(after, ["distill"])
+
+
 def test_another_teacher_or_weight_at_a_resume(recipe, teacher, tmp_path, capsys):
     cfg = with_teacher(load_config(str(recipe), []))
     cfg.run_dir.mkdir(parents=True)

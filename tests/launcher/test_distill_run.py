@@ -22,7 +22,7 @@ from launcher.trained import build_model, load_trained, open_checkpoint
 from model.config import ModelConfig
 from model.distill import Student
 from model.init import initial_values
-from parallel.checkpoint import Manifest
+from parallel.checkpoint import CheckpointError, Manifest
 from parallel.checkpoint_writer import CheckpointWriter
 from parallel.config import CheckpointConfig
 from ranks import Alone
@@ -291,6 +291,24 @@ def test_another_teacher_or_weight_at_a_resume(recipe, teacher, tmp_path, capsys
     saved["distill"]["origin"] = {"digest": 3}
     (cfg.run_dir / "config.yaml").write_text(yaml.safe_dump(saved))
     assert "config.yaml does not say what it learned from" in refused(capsys, recipe)
+
+
+@pytest.mark.parametrize("error", [OSError("stale file handle"), torch.OutOfMemoryError("no room")])
+def test_a_teacher_that_one_rank_cannot_load_ends_all(error, recipe, monkeypatch):
+    cfg, word = with_teacher(load_config(str(recipe), [])), f"{type(error).__name__}: {error}"
+
+    def fail(model, read):
+        raise error
+
+    mesh = SimpleNamespace(device=torch.device("cpu"), dp_size=2, rank=1, world_size=1, gather=lambda value: [value])
+    monkeypatch.setattr("launcher.teacher.filled", fail)
+    with pytest.raises(CheckpointError, match=f"distill.teacher=.* cannot be loaded by rank 1: {word}"):
+        load_teacher(cfg, mesh)
+    monkeypatch.undo()
+    theirs = iter(["", f"rank 1: {word}"])  # it opens there, too
+    mesh.gather = lambda value: [value, next(theirs)] if isinstance(value, str) else [value]
+    with pytest.raises(CheckpointError, match=word):
+        load_teacher(cfg, mesh)
 
 
 def test_a_teacher_whose_weights_are_damaged(recipe, teacher, tmp_path):

@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def check_training(args: argparse.Namespace, cfg: RunConfig) -> dict[str, Any]:
-    command, cfg = command_for(args.config), with_teacher(cfg)
+    command, cfg = command_for(args.config), with_teacher(cfg, needed=not is_finished(cfg))
     check_run(cfg, args.allow_change, args.ranks, command)
     if not args.write_nothing:
         prepare_run_dir(cfg, checkpoint_bytes(cfg, command.build_model))

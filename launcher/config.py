@@ -518,24 +518,36 @@ _MAY_CHANGE = ("parallel.", "checkpoint.", "log.", "eval.", "train.micro_batch_s
 
 
 def unknown_keys(cfg: RunConfig, keys: list[str]) -> list[str]:
-    """Those of `keys` that are no key of a config, written section.key."""
-    known = flat(cfg.model_dump(mode="json"))
+    """Those of `keys` that are no key of a config, written section.key, nor a section that may be left out."""
+    optional = [name for name, field in type(cfg).model_fields.items() if field.default is None]
+    known = flat(cfg.model_dump(mode="json")).keys() | optional
     return [key for key in keys if key not in known]
 
 
 def contradictions(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> list[str]:
     """Keys of a saved config that `new` changes though a resumed run must keep them, as `key: was A, is B`.
 
-    allowed: keys that the user has named to be changed on purpose. The corpus is compared by its content, not here.
+    allowed: keys that the user has named to be changed on purpose. A section that one of them has not is told once.
+    The corpus is compared by its content, not here.
     """
     before, after = flat(_sources_by_name(old)), flat(_sources_by_name(new))
-    return [
-        f"{key}: was {before.get(key)!r}, is {after.get(key)!r}"
+    differ = [
+        key
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
         and not key.startswith(_MAY_CHANGE)
         and not any(key == name or key.startswith(f"{name}.") for name in allowed)
     ]
+    told = {}
+    for key in differ:
+        section, dot, _ = key.partition(".")
+        if dot and old.get(section) is None:
+            told[section] = f"{section}: was left out, is there"
+        elif dot and new.get(section) is None:
+            told[section] = f"{section}: was there, is left out"
+        else:
+            told[key] = f"{key}: was {before.get(key)!r}, is {after.get(key)!r}"
+    return list(told.values())
 
 
 def _sources_by_name(config: dict[str, Any]) -> dict[str, Any]:

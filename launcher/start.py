@@ -95,7 +95,8 @@ def parse_arguments(argv: list[str], command: Command = PRETRAIN) -> argparse.Na
 
 def check(args: argparse.Namespace, command: Command = PRETRAIN) -> tuple[RunConfig, Place, RunData]:
     """Everything that can be refused before a process group or a model exists."""
-    cfg = with_teacher(command.load(args.config, args.overrides))
+    cfg = command.load(args.config, args.overrides)
+    cfg = with_teacher(cfg, needed=not is_finished(cfg))
     place = place_from_environment(os.environ)
     check_device(cfg.parallel.precision)
     device_index(place)
@@ -158,7 +159,7 @@ def _other_shapes(saved: dict[str, Any], cfg: RunConfig) -> list[str]:
     if _shapes(before) == _shapes(cfg):
         return []
     told = contradictions(saved, cfg.model_dump(mode="json"), [])
-    return [line for line in told if line.startswith(("model.", "lora", "task.kind:", "task.labels:"))]
+    return [line for line in told if line.startswith(("model.", "lora", "task:", "task.kind:", "task.labels:"))]
 
 
 def _shapes(cfg: RunConfig) -> dict[str, torch.Size]:

@@ -19,6 +19,7 @@ from model.distill import Student, Teacher
 from model.hf_folder import DTYPES
 from model.network import build_network
 from model.transformer import Transformer
+from parallel.checkpoint import CheckpointError
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 
@@ -26,14 +27,18 @@ KEY = "distill.teacher"
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 
-def with_teacher(cfg: AnyConfig) -> AnyConfig:
+def with_teacher(cfg: AnyConfig, needed: bool = True) -> AnyConfig:
     """The config with the identity of its teacher, if it has one: that of the run's folder, once that is there.
+
+    needed: False for a finished run, whose teacher may be gone.
 
     Raises ConfigError or DataError where the teacher cannot be used, or is another.
     """
     if cfg.distill is None:
         return cfg
     known = cfg.distill.origin or _kept(cfg)
+    if known is not None and not needed:
+        return cfg.model_copy(update={"distill": cfg.distill.model_copy(update={"origin": known})})
     opened = open_origin(cfg.distill.teacher, None if known is None else known.step, KEY)
     _refuse(opened, cfg)
     found = opened.identity()
@@ -75,7 +80,10 @@ def _refuse(opened: Origin, cfg: RunConfig) -> None:
 
 
 def load_teacher(cfg: RunConfig, mesh: Mesh) -> Teacher | None:
-    """The teacher on this rank's device. All ranks call it. Raises ConfigError, on all of them."""
+    """The teacher on this rank's device. All ranks call it.
+
+    Raises ConfigError where it is another or damaged, CheckpointError where a rank cannot read or hold it; on all of them.
+    """
     distill = cfg.distill
     if distill is None:
         return None
@@ -85,15 +93,19 @@ def load_teacher(cfg: RunConfig, mesh: Mesh) -> Teacher | None:
         lambda: open_origin(distill.teacher, step, KEY), distill.origin.digest, KEY, distill.teacher, mesh
     )
     with torch.device("meta"):
-        model = build_network(opened.model)
-    dtype = DTYPES[cfg.parallel.precision]
-    model = model.to(dtype).to_empty(device=mesh.device).requires_grad_(False)
+        model = build_network(opened.model).to(DTYPES[cfg.parallel.precision])
 
     def read(name: str) -> torch.Tensor:
         shape = torch.Size(opened.shapes[name])
         return opened.read(name, 0, shape.numel()).view(shape)
 
-    model = filled(model, read)
+    wrong = ""
+    try:
+        model = filled(model.to_empty(device=mesh.device).requires_grad_(False), read)
+    except (CheckpointError, OSError, RuntimeError) as error:  # the last when the device has no room
+        wrong = f"{KEY}={distill.teacher} cannot be loaded by rank {mesh.rank}: {type(error).__name__}: {error}"
+    if told := next(filter(None, mesh.gather(wrong)), None):
+        raise CheckpointError(told)
     assert isinstance(model, Transformer), "others were refused before"
     sums = deque[torch.Tensor](maxlen=cfg.grad_accum_steps(mesh.dp_size))
     return Teacher(model, opened.tokenizer.vocab_size, distill.weight, distill.temperature, sums)

@@ -15,14 +15,14 @@ from launcher.config import ConfigError, load_config, validate
 from launcher.import_hf import load_import_config, open_folder
 from launcher.origin import open_origin
 from launcher.origin_config import load_finetune_config
-from launcher.run_dir import Ledger, refuse_other_config, save_config
-from launcher.start import check_run
+from launcher.run_dir import Ledger, save_config
+from launcher.start import check_run, refuse_other_config
 from launcher.teacher import load_teacher, with_teacher
 from launcher.trained import build_model, load_trained, open_checkpoint
 from model.config import ModelConfig
 from model.distill import Student
 from model.init import initial_values
-from parallel.checkpoint import Manifest
+from parallel.checkpoint import CheckpointError, Manifest
 from parallel.checkpoint_writer import CheckpointWriter
 from parallel.config import CheckpointConfig
 from ranks import Alone
@@ -105,6 +105,8 @@ def test_killed_and_resumed_it_is_the_run_that_never_stopped(recipe, teacher, tm
     assert found["loss"] == pytest.approx(held_out, rel=1e-5)
     made = model_card._made(open_checkpoint(run_dir, 12))
     assert made == f"pretrained while learning from `large` at step 2 (digest {digest})"
+    assert pretrain.main(["--config", str(recipe), *zero3]) == 0
+    assert "is finished: 12 of 12 steps" in capsys.readouterr().out
     assert "distill.teacher=" in refused(capsys, recipe, *zero3, "train.steps=13", "--allow-change", "train.steps")
 
 
@@ -173,6 +175,21 @@ def test_a_run_holds_to_the_step_that_it_learned_from(teacher, corpus, recipe, t
     moved = with_teacher(load_config(str(recipe), [f"distill.teacher={tmp_path / 'moved'}"]))
     assert moved.distill.origin == cfg.distill.origin
     refuse_other_config(moved, [])
+
+
+def test_a_finished_run_needs_its_teacher_no_more(teacher, recipe, monkeypatch, capsys):
+    cfg = with_teacher(load_config(str(recipe), []))
+    cfg.run_dir.mkdir(parents=True)
+    save_config(cfg)
+    shutil.rmtree(teacher)
+    assert with_teacher(load_config(str(recipe), []), needed=False) == cfg
+    assert "is neither a run's folder" in refused(capsys, recipe)
+    monkeypatch.setattr("launcher.start.is_finished", lambda cfg: True)
+    monkeypatch.setattr("launcher.pretrain.is_finished", lambda cfg: True)
+    monkeypatch.setattr("launcher.pretrain.committed_steps", lambda folder: [24])
+    assert pretrain.main(["--config", str(recipe)]) == 0
+    monkeypatch.setattr("launcher.check.is_finished", lambda cfg: True)
+    assert check.main(["--config", str(recipe), "--ranks", "1", "--write-nothing"]) == 0
 
 
 def test_an_imported_run_has_its_teacher_from_the_beginning(tmp_path):
@@ -248,6 +265,20 @@ def test_teachers_that_cannot_teach(corpus, recipe, teacher, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_section_that_comes_or_goes_is_told_and_allowed_as_one(recipe):
+    learns = with_teacher(load_config(str(recipe), []))
+    alone = learns.model_copy(update={"distill": None})
+    learns.run_dir.mkdir(parents=True)
+    for before, after, told in (
+        (alone, learns, "was left out, is there"),
+        (learns, alone, "was there, is left out"),
+    ):
+        save_config(before)
+        with pytest.raises(ConfigError, match=f"another config:\n  distill: {told}\nuse another"):
+            refuse_other_config(after, [])
+        refuse_other_config(after, ["distill"])
+
+
 def test_another_teacher_or_weight_at_a_resume(recipe, teacher, tmp_path, capsys):
     cfg = with_teacher(load_config(str(recipe), []))
     cfg.run_dir.mkdir(parents=True)
@@ -260,6 +291,24 @@ def test_another_teacher_or_weight_at_a_resume(recipe, teacher, tmp_path, capsys
     saved["distill"]["origin"] = {"digest": 3}
     (cfg.run_dir / "config.yaml").write_text(yaml.safe_dump(saved))
     assert "config.yaml does not say what it learned from" in refused(capsys, recipe)
+
+
+@pytest.mark.parametrize("error", [OSError("stale file handle"), torch.OutOfMemoryError("no room")])
+def test_a_teacher_that_one_rank_cannot_load_ends_all(error, recipe, monkeypatch):
+    cfg, word = with_teacher(load_config(str(recipe), [])), f"{type(error).__name__}: {error}"
+
+    def fail(model, read):
+        raise error
+
+    mesh = SimpleNamespace(device=torch.device("cpu"), dp_size=2, rank=1, world_size=1, gather=lambda value: [value])
+    monkeypatch.setattr("launcher.teacher.filled", fail)
+    with pytest.raises(CheckpointError, match=f"distill.teacher=.* cannot be loaded by rank 1: {word}"):
+        load_teacher(cfg, mesh)
+    monkeypatch.undo()
+    theirs = iter(["", f"rank 1: {word}"])  # it opens there, too
+    mesh.gather = lambda value: [value, next(theirs)] if isinstance(value, str) else [value]
+    with pytest.raises(CheckpointError, match=word):
+        load_teacher(cfg, mesh)
 
 
 def test_a_teacher_whose_weights_are_damaged(recipe, teacher, tmp_path):

@@ -26,7 +26,7 @@ Objective = Literal["masked", "causal"]
 
 # Architectures that tests/model/test_hf_model.py holds to what HfModel promises: documents apart, the loss in chunks,
 # transformers' own initial values. Others may keep documents apart in another way, or change logits behind their head.
-TESTED: dict[str, tuple[str, ...]] = {"masked": ("bert", "distilbert", "electra"), "causal": ("gpt2",)}
+TESTED: dict[str, tuple[str, ...]] = {"masked": ("bert", "distilbert", "electra", "modernbert"), "causal": ("gpt2",)}
 
 _LANGUAGE = {"masked": "MaskedLM", "causal": "CausalLM"}  # ends of names of transformers' classes
 
@@ -41,12 +41,19 @@ _OURS = {
     "pad_token_id": "the tokenizer",
     "bos_token_id": "the tokenizer",
     "eos_token_id": "the tokenizer",
+    "cls_token_id": "the tokenizer",
+    "sep_token_id": "the tokenizer",
 }
 # What a model would become with these is not what this family trains.
 _REFUSED = ("sinusoidal_pos_embds", "is_decoder", "add_cross_attention", "chunk_size_feed_forward",
-            "quantization_config", "auto_map", "trust_remote_code", "is_encoder_decoder", "problem_type",
-            "id2label", "label2id", "num_labels")  # fmt: skip
-_ACTIVATIONS = ("hidden_act", "activation", "activation_function")  # keys that name a function of transformers
+            "rope_parameters", "sparse_prediction", "quantization_config", "auto_map", "trust_remote_code",
+            "is_encoder_decoder", "problem_type", "id2label", "label2id", "num_labels")  # fmt: skip
+_ACTIVATIONS = (
+    "hidden_act",
+    "hidden_activation",
+    "activation",
+    "activation_function",
+)  # keys that name a function of transformers
 _LABELS = ("problem_type", "id2label", "label2id", "num_labels")  # of a head, which a folder may have
 _OF_HEADS = ("classifier_dropout", "qa_dropout", "seq_classif_dropout", "summary_first_dropout", "summary_last_dropout")
 _NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path", "model_type", "use_cache", "return_dict",
@@ -85,6 +92,11 @@ class HfModelConfig(BaseModel, frozen=True, extra="forbid"):
                 near = difflib.get_close_matches(str(value), known_activations, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}? " if near else ""
                 wrong.append(f"model.config.{key}: got {value!r}; {hint}expected {', '.join(known_activations)}")
+        if self.config.get("classifier_pooling", "cls") != "cls":
+            wrong.append(
+                f"model.config.classifier_pooling: got {self.config['classifier_pooling']!r}; a label of a text is read "
+                "at its begin here: leave it out"
+            )
         if wrong:
             raise ValueError("\n".join(wrong))
         _counts(self.model_dump_json())  # builds it, without memory
@@ -116,6 +128,11 @@ class HfModelConfig(BaseModel, frozen=True, extra="forbid"):
         return float(to_transformers(self).initializer_range)
 
     @property
+    def init_cutoff(self) -> float | None:
+        """Where their distribution ends, in deviations; None: nowhere."""
+        return getattr(to_transformers(self), "initializer_cutoff_factor", None)
+
+    @property
     def tie_embeddings(self) -> bool:
         return bool(to_transformers(self).tie_word_embeddings)
 
@@ -142,8 +159,10 @@ def to_transformers(cfg: HfModelConfig, **more: Any) -> Any:
     from transformers import CONFIG_MAPPING  # two seconds to import, and most runs need none of it
 
     given = {key: value for key, value in cfg.config.items() if key != "model_type"}
-    sizes = {"vocab_size": cfg.vocab_size, "max_position_embeddings": cfg.seq_len}
-    return CONFIG_MAPPING[cfg.model_type](**{**given, **sizes, **more})
+    said: dict[str, Any] = {"vocab_size": cfg.vocab_size, "max_position_embeddings": cfg.seq_len}
+    if cfg.model_type == "modernbert":  # whose own defaults are ids of another vocabulary
+        said |= dict.fromkeys(f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep"))
+    return CONFIG_MAPPING[cfg.model_type](**{**given, **said, **more})
 
 
 def from_transformers(raw: dict[str, Any], objective: Objective) -> HfModelConfig:

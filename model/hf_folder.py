@@ -69,6 +69,9 @@ def int8_weights(cfg: ModelConfig | HfModelConfig, head: LabelHead | None = None
             "--dtype int8 is for linear layers, and GPT-2's are Conv1D in transformers, which nothing loads as int8; "
             "export it with --dtype bf16"
         )
+    # transformers 5.23 would draw weights for such layers of it, which have none
+    if isinstance(cfg, HfModelConfig) and cfg.model_type == "modernbert":
+        raise ValueError("--dtype int8: transformers loads no ModernBERT with int8 layers; export it with --dtype bf16")
     return found
 
 

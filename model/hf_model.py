@@ -7,8 +7,10 @@ leaves parameters unset.
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.modernbert.modeling_modernbert import ModernBertRotaryEmbedding
 
 from model.attention import positions_in_documents
 from model.hf_config import HfModelConfig, build_unset
@@ -43,8 +45,8 @@ class HfModel(nn.Module):
     def __init__(self, cfg: HfModelConfig) -> None:
         super().__init__()
         self._adopt(cfg, build_unset(cfg))
-        self.head.__class__ = LossHead
-        self.head.targets = None
+        self.token_head.__class__ = LossHead
+        self.token_head.targets = None
 
     def _adopt(self, cfg: HfModelConfig, theirs: nn.Module) -> None:
         self.cfg = cfg
@@ -60,16 +62,16 @@ class HfModel(nn.Module):
         nothing attends to it. Returns logits (B, T, V); with targets, the sum of the cross-entropies in nats, fp32.
         Raises ValueError as Transformer.forward does.
         """
-        self.head.targets = targets
+        self.token_head.targets = targets
         try:
             return self._logits(tokens, documents)
         finally:
-            self.head.targets = None
+            self.token_head.targets = None
 
     def _logits(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         """What transformers' model gives."""
         check_length(tokens.shape[1], self.cfg.seq_len)
-        places: dict[str, Tensor] = {}
+        places: dict[str, Any] = {}
         if documents is not None:
             check_documents(documents, tokens)
             places["position_ids"] = positions_in_documents(documents)
@@ -77,13 +79,19 @@ class HfModel(nn.Module):
         out: Tensor = self.theirs(input_ids=tokens, **places).logits
         return out
 
-    def _mask(self, documents: Tensor) -> Tensor:
-        """What a position may attend to: (B, 1, T, T), True where it may."""
+    def _mask(self, documents: Tensor) -> Tensor | dict[str, Tensor]:
+        """What a position may attend to: (B, 1, T, T), True where it may; of a ModernBERT for both kinds of its layers."""
         same = documents.unsqueeze(2) == documents.unsqueeze(1)  # (B, T, T)
-        return (same if self.cfg.objective == "masked" else same.tril_()).unsqueeze(1)
+        mask = (same if self.cfg.objective == "masked" else same.tril_()).unsqueeze(1)
+        if self.cfg.model_type != "modernbert":
+            return mask
+        at = torch.arange(documents.shape[1], device=documents.device)
+        near = (at.unsqueeze(1) - at).abs() <= self.theirs.config.sliding_window
+        return {"full_attention": mask, "sliding_attention": mask & near}
 
     @property
-    def head(self) -> LossHead:
+    def token_head(self) -> LossHead:
+        """From hidden states to tokens; "head" is what transformers calls another part of some models."""
         return self.theirs.get_output_embeddings()
 
     @property
@@ -115,11 +123,22 @@ class HfModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HfModel":
         # to_empty() and moves between device types make a new Parameter for each name that holds one: tie them again.
-        tied = self.head.weight is self.embed.weight
+        tied = self.token_head.weight is self.embed.weight
         super()._apply(fn, recurse)
-        if tied and self.head.weight is not self.embed.weight:
+        if tied and self.token_head.weight is not self.embed.weight:
             self.theirs.tie_weights()
+        self._restore_frequencies()
         return self
+
+    def _restore_frequencies(self) -> None:
+        """Of rotary positions: a cast to bf16 rounds them, and to_empty() leaves them unset; no checkpoint has them."""
+        for module in self.modules():
+            if isinstance(module, ModernBertRotaryEmbedding):
+                for kind in module.layer_types:
+                    for name in (f"{kind}_inv_freq", f"{kind}_original_inv_freq"):
+                        device = getattr(module, name).device
+                        fresh, _ = module.compute_default_rope_parameters(module.config, device, layer_type=kind)
+                        setattr(module, name, nn.Buffer(fresh, persistent=False))
 
 
 class HfClassifier(HfModel):
@@ -149,4 +168,5 @@ class HfClassifier(HfModel):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HfClassifier":
         nn.Module._apply(self, fn, recurse)  # nothing is tied
+        self._restore_frequencies()
         return self

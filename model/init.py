@@ -4,6 +4,7 @@ The values do not depend on the order in which a model is built, on the world si
 run that starts sharded over 512 ranks starts from the same weights as one on a laptop.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -53,7 +54,9 @@ def initial_values(
         constant, std = _of_decoder(name, cfg)
     if std is None:
         return _constant(constant, stop - start)
-    return _drawn(_normal, name, numel, seed, start, stop, std)
+    cutoff = cfg.init_cutoff if isinstance(cfg, HfModelConfig) else None
+    draw = _normal if cutoff is None else functools.partial(_truncated, cutoff=cutoff)
+    return _drawn(draw, name, numel, seed, start, stop, std)
 
 
 def _of_decoder(name: str, cfg: ModelConfig) -> tuple[float, float | None]:
@@ -74,8 +77,8 @@ def _of_decoder(name: str, cfg: ModelConfig) -> tuple[float, float | None]:
     )
 
 
-# Of architectures that scale them: how the names of matrices end that write into the residual stream.
-_RESIDUAL = {"gpt2": "c_proj.weight"}
+# Of architectures that scale them: how the names of matrices end that write into the residual stream, or to a head.
+_RESIDUAL = {"gpt2": ("c_proj.weight",), "modernbert": ("Wo.weight", "head.dense.weight", "decoder.weight")}
 
 
 def _of_hf(name: str, dims: int, cfg: HfModelConfig) -> tuple[float, float | None]:
@@ -86,7 +89,9 @@ def _of_hf(name: str, dims: int, cfg: HfModelConfig) -> tuple[float, float | Non
     if kind == "weight" and dims == 1:
         return 1.0, None
     if kind == "weight":
-        residual = name.endswith(_RESIDUAL.get(cfg.model_type, "\0"))
+        if cfg.model_type == "modernbert" and name == "classifier.weight":
+            return 0.0, cfg.d_model**-0.5
+        residual = name.endswith(_RESIDUAL.get(cfg.model_type, ()))
         return 0.0, cfg.init_std / math.sqrt(2 * cfg.n_layers) if residual else cfg.init_std
     raise ValueError(
         f"no initial values are defined for the parameter {name!r} of a {cfg.model_type}; expected one that is named weight "
@@ -122,6 +127,13 @@ Draw = Callable[[np.random.Generator, int], np.ndarray]  # (generator, n) -> (n,
 
 def _normal(generator: np.random.Generator, n: int) -> np.ndarray:
     return generator.standard_normal(n, dtype=np.float32)
+
+
+def _truncated(generator: np.random.Generator, n: int, cutoff: float) -> np.ndarray:
+    """A normal distribution without what is further than `cutoff` from 0."""
+    edge = math.erf(cutoff / math.sqrt(2))
+    uniform = torch.from_numpy(edge * (2 * generator.random(n) - 1))  # fp64
+    return (math.sqrt(2) * torch.erfinv(uniform)).float().numpy()
 
 
 def _uniform(generator: np.random.Generator, n: int) -> np.ndarray:

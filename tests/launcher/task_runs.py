@@ -33,6 +33,8 @@ SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "nu
 BERT = HfModelConfig(
     family="hf", objective="masked", vocab_size=544, seq_len=32, config={"model_type": "bert", **SIZES}
 )
+MODERN = BERT.model_copy(update={"config": {"model_type": "modernbert", "local_attention": 8,
+                                            "layer_types": ["full_attention", "sliding_attention"], **SIZES}})  # fmt: skip
 
 
 def make_origin(folder: Path, texts: list[str], chat_template: str | None = None) -> Path:
@@ -95,7 +97,7 @@ class Lone:
 
 def make_tuned_run(folder, corpus, family, task):
     """A run's folder as a fine-tuning leaves it."""
-    model = {**MODELS, "bert": BERT}[family].model_dump(mode="json")
+    model = {**MODELS, "bert": BERT, "modernbert": MODERN}[family].model_dump(mode="json")
     raw = {
         "run": {"name": family, "folder": str(folder)},
         "init": "runs/secret/place@7",

@@ -37,7 +37,7 @@ TASKS = {
 
 
 @pytest.mark.parametrize("kind", TASKS)
-@pytest.mark.parametrize("family", [*FAMILIES, "bert"])
+@pytest.mark.parametrize("family", [*FAMILIES, "bert", "modernbert"])
 def test_logits_are_those_of_the_run(family, kind, corpus, tmp_path):
     run_dir = make_tuned_run(tmp_path / "runs", corpus, family, TASKS[kind])
     folder = run_export(run_dir, tmp_path / "out")
@@ -59,9 +59,11 @@ def test_logits_are_those_of_the_run(family, kind, corpus, tmp_path):
     assert not (folder / "generation_config.json").exists()
 
 
-@pytest.mark.parametrize(("family", "kind"), [("llama", "classify"), ("llama", "tag"), ("bert", "tag")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", "classify"), ("llama", "tag"), ("bert", "tag"), ("modernbert", "tag")]
+)
 def test_its_card_says_how_to_use_it_and_names_no_place(family, kind, corpus, tmp_path, capsys):
-    task = TASKS[kind] | ({"word_token": "first"} if family == "bert" else {})
+    task = TASKS[kind] | ({"word_token": "first"} if "bert" in family else {})
     run_dir = make_tuned_run(tmp_path / "runs", corpus, family, task)
     folder = run_export(run_dir, tmp_path / "out")
     card = (folder / "README.md").read_text()
@@ -74,7 +76,7 @@ def test_its_card_says_how_to_use_it_and_names_no_place(family, kind, corpus, tm
     assert "private" not in card
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     if kind == "tag":
-        assert f"[next(tags) for _ in of_word][{0 if family == 'bert' else -1}]]" in code
+        assert f"[next(tags) for _ in of_word][{0 if 'bert' in family else -1}]]" in code
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     printed = eval(done.stdout.splitlines()[-1])  # a list of labels
     assert len(printed) == (2 if kind == "classify" else 4)

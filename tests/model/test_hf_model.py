@@ -18,6 +18,9 @@ SMALL = {
     "distilbert": {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48},
     "electra": {"embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
                 "intermediate_size": 48},
+    "modernbert": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
+                   "local_attention": 8, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+                   "mlp_dropout": 0.1},
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4},
 }  # fmt: skip
 V, T = 71, 24
@@ -128,7 +131,7 @@ def test_what_has_no_initial_values_is_refused():
 def test_its_head_gives_the_loss_of_counted_tokens_alone(cfg):
     model = HfModel(cfg).init_weights(0)
     tokens, targets = rows()
-    assert isinstance(model.head, LossHead)
+    assert isinstance(model.token_head, LossHead)
     assert model(tokens, torch.full_like(targets, -100)).item() == 0
     assert model(tokens, targets).dtype == torch.float32
     assert model(tokens).shape == (3, T, V)  # the targets of the call before are gone
@@ -157,8 +160,30 @@ def test_it_is_tied_again_after_memory_is_given_to_it(cfg):
     with torch.device("meta"):
         model = HfModel(cfg)
     model.to_empty(device="cpu")
-    assert model.head.weight is model.embed.weight
+    assert model.token_head.weight is model.embed.weight
     assert len(dict(model.named_parameters())) == len(dict(HfModel(cfg).named_parameters()))
+
+
+@pytest.mark.parametrize("how", [lambda m: m.bfloat16(), lambda m: m.to("meta").to_empty(device="cpu")])
+def test_rotary_positions_are_those_of_transformers_whatever_is_done_to_the_model(how):
+    """A cast to bf16 would round their frequencies, in fp32 here as from_pretrained has them."""
+    cfg = config_of("masked", "modernbert")
+    model = how(HfModel(cfg))
+    wanted = AutoModelForMaskedLM.from_config(to_transformers(cfg, pad_token_id=None)).model.rotary_emb
+    found = model.theirs.model.rotary_emb
+    buffers = dict(found.named_buffers())
+    assert buffers.keys() == dict(wanted.named_buffers()).keys()
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in wanted.named_buffers())
+    assert all(buffer.dtype == torch.float32 for buffer in buffers.values())
+
+
+@pytest.mark.parametrize("window", [2, 8, 100])
+def test_layers_that_see_a_window_see_it_within_documents(window):
+    cfg = config_of("masked", "modernbert", local_attention=window)
+    model = HfModel(cfg).init_weights(0).eval()
+    tokens, _ = rows(2)
+    one = torch.zeros_like(tokens)
+    torch.testing.assert_close(model(tokens, documents=one), model(tokens), rtol=1e-5, atol=1e-5)
 
 
 def test_train_and_eval_reach_all_of_it(cfg):
@@ -200,6 +225,7 @@ def test_a_folders_config_comes_back(cfg):
         ({"trust_remote_code": True}, "model.config.trust_remote_code: got True"),
         ({"num_attention_heads": 5}, r"cannot build .*hidden size \(32\) is not a multiple of .* heads \(5\)"),
         ({"hidden_size": "wide"}, "cannot build .*'hidden_size' expected int, got str"),
+        ({"model_type": "modernbert", "classifier_pooling": "mean"}, "classifier_pooling: got 'mean'; a label of a text"),
         ({"model_type": "llama"}, "model_type='llama' is none that can be trained as a masked model here; expected bert or"),
     ],
 )  # fmt: skip
@@ -217,7 +243,7 @@ def test_a_family_that_is_not_there_is_refused():
 
 def test_a_folder_of_another_kind_is_refused():
     raw = to_transformers(config_of("masked", "bert")).to_dict()
-    with pytest.raises(ValueError, match="model_type 'roberta' is none of bert, distilbert, electra"):
+    with pytest.raises(ValueError, match="model_type 'roberta' is none of bert, distilbert, electra, modernbert"):
         from_transformers({**raw, "model_type": "roberta"}, "masked")
     with pytest.raises(ValueError, match="is_decoder=True makes another kind of model"):
         from_transformers({**raw, "is_decoder": True}, "masked")

@@ -105,7 +105,7 @@ def write(model, folder, cfg):
     return int8_names
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", *TESTED["masked"]])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", *(kind for kind in TESTED["masked"] if kind != "modernbert")])
 def test_transformers_computes_with_the_rounded_weights(kind, tmp_path):
     """Of the blocks all matrices and nothing else is int8; what transformers makes of the folder is what is said of it."""
     if kind in TESTED["masked"]:
@@ -141,6 +141,13 @@ def test_the_matrices_of_the_blocks_are_meant(make):
     assert kinds == {f"blocks.*.attn.{name}.weight" for name in ("wq", "wk", "wv", "wo")} | {
         f"blocks.*.mlp.{name}.weight" for name in ("w_gate", "w_up", "w_down")
     }
+
+
+def test_a_modernbert_is_refused():
+    with pytest.raises(
+        ValueError, match="transformers loads no ModernBERT with int8 layers; export it with --dtype bf16"
+    ):
+        int8_weights(config_of("masked", "modernbert"))
 
 
 def test_gpt2_is_refused_whoever_builds_it():

@@ -72,7 +72,7 @@ def test_losses_and_gradients_are_those_of_peft_around_transformers(targets):
     assert all(p.grad is None for name, p in ours.named_parameters() if not is_adapter(name))
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "electra"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "electra", "modernbert"])
 def test_models_that_transformers_builds_take_them_as_well(kind):
     cfg, lora = config_of("masked", kind), LoraConfig(rank=2, alpha=3.0)
     ours = HfModel(cfg).init_weights(3)

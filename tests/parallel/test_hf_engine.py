@@ -25,8 +25,17 @@ BERT = HfModelConfig(
     config={"model_type": "bert", "hidden_size": 108, "num_hidden_layers": 3, "num_attention_heads": 6,
             "intermediate_size": 150, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 )  # fmt: skip
+MODERN = BERT.model_copy(
+    update={"config": {"model_type": "modernbert", "hidden_size": 108, "num_hidden_layers": 3, "num_attention_heads": 6,
+                       "intermediate_size": 75, "layer_types": ["full_attention", *["sliding_attention"] * 2],
+                       "local_attention": 6}}
+)  # fmt: skip
 STEPS = 2
-CASES = [(0, "none"), (1, "selective"), (2, "none"), (3, "none"), (3, "full")]
+MODELS = {"bert": BERT, "modernbert": MODERN}
+CASES = [
+    *(("bert", *case) for case in [(0, "none"), (1, "selective"), (2, "none"), (3, "none"), (3, "full")]),
+    *(("modernbert", *case) for case in [(1, "selective"), (3, "full")]),
+]
 
 
 def documents_of(batch):
@@ -45,17 +54,18 @@ def steps_of(engine):
 
 def train_all(mesh):
     results = {}
-    for stage, recompute in CASES:
+    for kind, stage, recompute in CASES:
+        model = MODELS[kind]
         cfg = ParallelConfig(zero_stage=stage, precision="fp32", activation_checkpointing=recompute)
         ds = deepspeed_config(
             cfg, micro_batch_size=BATCH // ACCUM // mesh.dp_size, grad_accum_steps=ACCUM, dp_size=mesh.dp_size,
             grad_clip=OPTIM.grad_clip,
         )  # fmt: skip
-        engine = parallelize(lambda: HfModel(BERT), cfg, OPTIM, ds, mesh)
+        engine = parallelize(lambda model=model: HfModel(model), cfg, OPTIM, ds, mesh)
         shapes = engine.shapes
-        read = lambda name, a, b, shapes=shapes: initial_values(name, shapes[name], BERT, 5, a, b)  # noqa: E731
+        read = lambda name, a, b, shapes=shapes, model=model: initial_values(name, shapes[name], model, 5, a, b)  # noqa: E731
         engine.load_state(ZeroMoments(read), adam_steps=0)
-        results[stage, recompute] = steps_of(engine), whole_state(engine)
+        results[kind, stage, recompute] = steps_of(engine), whole_state(engine)
         engine.close()
     return results
 
@@ -66,7 +76,11 @@ class Alone:
 
 @pytest.fixture(scope="module")
 def plain():
-    model = HfModel(BERT).init_weights(5)
+    return {kind: train_plainly(cfg) for kind, cfg in MODELS.items()}
+
+
+def train_plainly(cfg):
+    model = HfModel(cfg).init_weights(5)
     optimizer = build_adamw(model.named_parameters(), OPTIM, checked=False)
     losses = []
     for step in range(STEPS):
@@ -89,7 +103,7 @@ def trained():
 @pytest.mark.parametrize("case", CASES)
 def test_each_stage_and_recomputation_equal_a_plain_process(trained, plain, case):
     """1e-5: as tests/parallel/test_engine.py has it; sums are taken in another order."""
-    (losses, state), (plain_losses, weights) = trained[case], plain
+    (losses, state), (plain_losses, weights) = trained[case], plain[case[0]]
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(plain_losses), rtol=1e-5, atol=1e-5)
     assert {name for name, kind in state if kind == "weight"} == set(weights)
     for name, expected in weights.items():

@@ -165,7 +165,9 @@ def main() -> None:
     parser.add_argument("--valid", help="held out (default: a tenth of --train, by a hash of the text)")
     parser.add_argument("--columns", nargs=2, default=["0", "1"], metavar=("TEXT", "LABEL"), help="names or numbers")
     parser.add_argument("--labels", nargs="+", default=["0", "1"])
-    parser.add_argument("--text", action="append", required=True, help="to pretrain on, .jsonl or plain text")
+    parser.add_argument("--text", action="append", default=[], help="to pretrain on, .jsonl or plain text")
+    parser.add_argument("--origins", type=Path, help="a folder with two runs, pretrained and drawn, instead of "
+                        "pretraining: entities.py leaves such in DIR/runs")  # fmt: skip
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--coverage", type=float, default=0.9995, help="of characters, by the tokenizer's pieces")
@@ -181,10 +183,14 @@ def main() -> None:
     held, own_text = write(args.work / "valid.jsonl", valid), write(args.work / "text.jsonl", train)
     most = Counter(example.label for example in valid).most_common(1)[0][1] / len(valid)
     print(f"{len(train)} examples, {len(valid)} held out, {most:.4f} of them of one label", flush=True)
-    origins = {
-        "pretrained": pretrain(args, "pretrained", args.pretrain_steps, 4e-3, own_text),
-        "drawn": pretrain(args, "drawn", 2, 1e-12, own_text),
-    }
+    origins = (
+        {name: args.origins / name for name in ("pretrained", "drawn")}
+        if args.origins
+        else {
+            "pretrained": pretrain(args, "pretrained", args.pretrain_steps, 4e-3, own_text),
+            "drawn": pretrain(args, "drawn", 2, 1e-12, own_text),
+        }
+    )
     table: dict[str, list[float]] = {}
     for n in (n or len(train) for n in args.examples):
         some = train[:: max(1, len(train) // n)][:n]  # spread over the file, which may be sorted by label

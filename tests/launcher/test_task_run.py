@@ -81,6 +81,10 @@ def test_labels_from_two_ranks_to_one_and_into_scores(origin, tmp_path, capsys, 
     assert re.search("other data: its checkpoint has examples '[0-9a-f]{16}', the files of task.train", message)
     write_lines(tmp_path / "t.jsonl", LINES)
     message = refused(recipe, "--allow-change", "task.labels", f"task.labels={[*LABELS, 'more']}")
+    assert (
+        "holds a run of another model, whose checkpoints cannot be read into this one:\n  task.labels: was" in message
+    )
+    message = refused(recipe, "--allow-change", "task.labels", f"task.labels={LABELS[::-1]}")
     assert f"the run's head has a row for each of the labels {LABELS}, in this order, and task.labels is" in message
 
     text = run(tune(1, "--config", recipe), log)

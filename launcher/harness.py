@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    width = max(map(len, found["overall"]))
+    width = max(map(len, found["overall"]), default=0)  # a task may give no number
     lines = [f"{found['model']}, {found['dtype']}, lm-eval {found['lm_eval']}: {', '.join(found['data'])}"]
     return "\n".join([*lines, *(f"  {name:{width}}  {value:.4f}" for name, value in found["overall"].items())])
 
